@@ -1,0 +1,260 @@
+"""What the commands make of their settings: the model, its labels, the samplers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsample.denoiser import Bound, Denoiser
+from fastsample.noise import philox
+from fastsample.sampler import Sampler
+
+_LABELS = 0xFFFFFFFF  # noise stream of the labels; plans use 0 and their rows' numbers
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready to be sampled.
+
+    Attributes:
+        name: what the report calls it.
+        denoiser: on its device, with guidance set.
+        shape: (C, H, W) of one sample.
+        classes: number of classes; None for models without labels.
+        identity: what distinguishes it from other models, as JSON values.
+    """
+
+    name: str
+    denoiser: Denoiser
+    shape: tuple[int, ...]
+    classes: int | None
+    identity: dict[str, Any]
+
+
+def load_model(
+    model: str | Mapping[str, Any],
+    *,
+    shape: Sequence[int] | None = None,
+    classes: int | None = None,
+    guidance: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> Model:
+    """The model that ``model=`` names.
+
+    Args:
+        model: name of an embedded model, or ``{"_target_": "module.function", ...}``, which returns a Denoiser.
+        shape: shape of one sample where the denoiser does not say.
+        classes: number of classes of a model that is not embedded.
+        guidance: classifier-free guidance scale.
+        device: where to put the network.
+
+    Raises:
+        ValueError: on an unknown name, a target that fails or returns something else, or a missing shape.
+    """
+    if isinstance(model, str):
+        from fastsample import zoo
+
+        name, denoiser = model, zoo.load(model)
+        classes = zoo.NUM_CLASSES
+        described: Any = model
+    elif isinstance(model, Mapping) and "_target_" in model:
+        from hydra.errors import InstantiationException
+        from hydra.utils import instantiate
+
+        name = str(model["_target_"])
+        described = dict(model)
+        try:
+            denoiser = instantiate(described)
+        except InstantiationException as error:
+            raise ValueError(f"model._target_={name}: {error}") from error
+    else:
+        raise ValueError(
+            f"model={model!r}: give the name of an embedded model, or model._target_=my.module.make_model"
+        )
+    if not isinstance(denoiser, Denoiser):
+        raise ValueError(
+            f"model={name} returned a {type(denoiser).__name__}; return a Denoiser: "
+            'fastsample.wrap(net, process, prediction="eps")'
+        )
+    if isinstance(denoiser.net, nn.Module):
+        denoiser.net.to(device).eval()
+    if guidance != 1:
+        denoiser = denoiser.guided(guidance)
+    full = tuple(shape) if shape is not None else denoiser.sample_shape
+    if full is None:
+        raise ValueError(f"shape: model={name} does not say the shape of a sample; give shape=[3,32,32], say")
+    if len(full) != 3 or full[0] not in (1, 3):
+        raise ValueError(f"shape={list(full)}: images with 1 or 3 channels, [C, H, W], are needed")
+    identity = {
+        "model": described,
+        "weights": _weights_sha256(denoiser.net),
+        "process": denoiser.process.fingerprint,
+        "prediction": denoiser.prediction,
+        "guidance": guidance,
+    }
+    return Model(name, denoiser, full, classes, identity)
+
+
+def _weights_sha256(net: Any) -> str | None:
+    if not isinstance(net, nn.Module):
+        return None
+    total = hashlib.sha256()
+    for key, tensor in sorted(net.state_dict().items()):
+        total.update(key.encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def draw_labels(labels: Any, classes: int | None, seed: int, index: Tensor) -> Tensor | None:
+    """Labels of the samples ``index``.
+
+    Args:
+        labels: "auto" (drawn uniformly from (seed, index) where the model has classes), None, one label, or a
+            list (repeated in the order of the index).
+        classes: number of classes, None for a model without labels.
+        seed: seed of the draw.
+        index: global sample indices, int64 ``[B]``.
+
+    Returns:
+        int64 ``[B]`` on the device of ``index``, or None for unconditional samples.
+
+    Raises:
+        ValueError: on labels that the model does not have.
+    """
+    if labels is None or (labels == "auto" and classes is None):
+        return None
+    if classes is None:
+        raise ValueError(f"labels={labels!r}: this model has no classes; use labels=auto, or give classes=")
+    if labels == "auto":
+        word = philox(seed, torch.zeros_like(index), _LABELS, index)[0]
+        return word % classes
+    choices = [labels] if isinstance(labels, int) else labels
+    if not isinstance(choices, list) or not choices or not all(type(c) is int for c in choices):
+        raise ValueError(f"labels={labels!r}: give auto, null, a label or a list of labels")
+    if not all(0 <= c < classes for c in choices):
+        raise ValueError(f"labels={labels!r}: labels are 0 to {classes - 1}")
+    return torch.tensor(choices, device=index.device)[index % len(choices)]
+
+
+def solver_label(solver: Any) -> str:
+    """``"ddim"``, or ``"ddim(eta=1)"`` for a solver with options.
+
+    Raises:
+        ValueError: if it is neither a name nor a mapping with a name.
+    """
+    if isinstance(solver, str):
+        return solver
+    if isinstance(solver, Mapping) and isinstance(solver.get("name"), str):
+        options = ", ".join(f"{key}={value}" for key, value in solver.items() if key != "name")
+        return f"{solver['name']}({options})" if options else solver["name"]
+    raise ValueError(f"solver={solver!r}: give a name, or {{name: ddim, eta: 0.5}}")
+
+
+def check_names(solver: Any, grid: str | None) -> None:
+    """Check the names of a solver and a grid before anything is loaded.
+
+    Raises:
+        ValueError: if one of them is unknown (the nearest name is given).
+    """
+    from fastsample import grids, solvers
+    from fastsample.errors import unknown
+
+    solver_label(solver)
+    name = solver if isinstance(solver, str) else solver["name"]
+    known = sorted({"auto", *solvers.names()})
+    if name not in known:
+        raise unknown("solver", name, known)
+    if grid is not None and grid not in grids.names():
+        raise unknown("grid", grid, grids.names())
+
+
+def make_sampler(denoiser: Denoiser, solver: Any, steps: int, grid: str | None, end: str | None) -> Sampler:
+    """A sampler from the commands' settings.
+
+    Raises:
+        ValueError: if the solver cannot be used so; the message says why.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: at least 1 is needed")
+    name, options = (solver, {}) if isinstance(solver, str) else (solver["name"], dict(solver))
+    options.pop("name", None)
+    return Sampler(denoiser, name, steps, grid=grid, end=end, **options)
+
+
+class Tally:
+    """What a network really did: rows it was given, and evaluations of the denoiser."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._bound: list[Bound] = []
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the denoiser, one for each sample of a batch (guidance does not count twice)."""
+        return sum(bound.evaluations * bound.batch for bound in self._bound)
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self.rows = 0
+        self._bound.clear()
+
+
+class _CountedDenoiser(Denoiser):
+    _tally: Tally
+
+    def bind(self, batch: int, conditions: Mapping[str, Any], device: torch.device) -> Bound:
+        bound = super().bind(batch, conditions, device)
+        self._tally._bound.append(bound)
+        return bound
+
+
+class _CountedModule(nn.Module):
+    def __init__(self, net: nn.Module, tally: Tally) -> None:
+        super().__init__()
+        self.net = net
+        self.tally = tally
+
+    def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Any:
+        self.tally.rows += x.shape[0]
+        return self.net(x, t, **conditions)
+
+
+def counted(denoiser: Denoiser) -> tuple[Denoiser, Tally]:
+    """The same denoiser with every network row and every evaluation counted in the tally."""
+    import dataclasses
+
+    tally = Tally()
+    net = denoiser.net
+    if isinstance(net, nn.Module):
+        counting: Any = _CountedModule(net, tally)
+    else:
+
+        def counting(x: Tensor, t: Tensor, **conditions: Any) -> Any:
+            tally.rows += x.shape[0]
+            return net(x, t, **conditions)
+
+    fields = {f.name: getattr(denoiser, f.name) for f in dataclasses.fields(denoiser)}
+    result = _CountedDenoiser(**(fields | {"net": counting}))
+    object.__setattr__(result, "_tally", tally)  # a frozen dataclass
+    return result, tally
+
+
+def resolve_device(device: str) -> torch.device:
+    """``"auto"`` is CUDA where there is one.
+
+    Raises:
+        ValueError: if the device does not exist here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {error}") from error
+    return resolved

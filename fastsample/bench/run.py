@@ -1,0 +1,504 @@
+"""The benchmark: a grid of cells solver x steps x grid x seed on one model, with the same noise in all of them.
+
+Everything is checked before any image is sampled. Each cell is written as it finishes; a run started again with
+the same settings redoes nothing that is finished.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import io
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsample.bench.cells import Cell, DamagedCell, digest
+from fastsample.bench.data import ImageSet, load_images
+from fastsample.bench.errors import UserError, checking
+from fastsample.bench.model import (
+    Model,
+    Tally,
+    check_names,
+    counted,
+    draw_labels,
+    load_model,
+    make_sampler,
+    resolve_device,
+    solver_label,
+)
+from fastsample.bench.provenance import device_name, provenance
+from fastsample.conf import BenchConfig
+from fastsample.errors import NonFiniteError
+from fastsample.metrics import (
+    FeatureExtractor,
+    FrechetReference,
+    GroupedMoments,
+    estimate,
+    memorisation,
+    parse_metric,
+    rmse,
+    to_uint8,
+)
+from fastsample.metrics.extractors import MetricName
+from fastsample.metrics.frechet import RELIABLE_RATIO, minimum_samples
+from fastsample.plan import write_atomically
+from fastsample.sampler import Sampler
+
+SCHEMA = "fastsample.run/1"
+
+_EMBEDDED_DATA: dict[str, tuple[str, str | None]] = {
+    "digits": ("digits:train", "digits:heldout"),
+    "digits-mixture": ("digits:all", None),
+}
+_KEEP_BYTES = 1 << 28  # memorisation compares pixels: only where all samples fit in so much memory
+_REFERENCE_CHECK = 128  # samples on which the reference solution is compared with one of half the steps
+
+
+def bench(config: BenchConfig, command: str | None = None) -> Path:
+    """Run the cells that are not finished yet and write the report.
+
+    Args:
+        config: the settings.
+        command: the command line, for the report.
+
+    Returns:
+        Path of report.html in the run folder.
+
+    Raises:
+        UserError: on settings that cannot be used (before any work), a full disk or a network that fails (the
+            cells finished so far are kept).
+    """
+    from fastsample.bench.report import render_run
+
+    with _disk(config):
+        job = _prepare(config)
+        job.execute(command)
+        return render_run(Path(config.out))
+
+
+@contextmanager
+def _disk(config: BenchConfig) -> Iterator[None]:
+    """Say what a failing disk means for the run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        finished = len(list((Path(config.out) / "cells").glob("*.json")))
+        raise UserError(
+            f"out={config.out}: {os.strerror(error.errno)}; the {finished} cells finished so far are kept. "
+            "Free some space and start the same command again."
+        ) from error
+
+
+@dataclass
+class _Measures:
+    """One Fréchet metric: its full name, its features and what it compares with."""
+
+    name: str
+    extractor: FeatureExtractor
+    dim: int
+    references: dict[str, FrechetReference]
+
+
+@dataclass
+class _Planned:
+    """A cell and its sampler."""
+
+    cell: Cell
+    sampler: Sampler
+
+
+@dataclass
+class _Job:
+    config: BenchConfig
+    model: Model
+    device: torch.device
+    tally: Tally
+    metrics: list[_Measures]
+    splits: dict[str, ImageSet]
+    references: dict[int, _Planned]
+    planned: list[_Planned]
+    notes: list[str]
+
+    # -- the whole run ---------------------------------------------------------------------------------------
+
+    def execute(self, command: str | None) -> None:
+        out = Path(self.config.out)
+        (out / "cells").mkdir(parents=True, exist_ok=True)
+        where = provenance(self.device)
+        everything = [*self.references.values(), *self.planned]
+        manifest = {
+            "schema": SCHEMA,
+            "command": command,
+            "config": asdict(self.config),
+            "config_sha256": digest(asdict(self.config)),
+            "provenance": where,
+            "model": {
+                "name": self.model.name,
+                "shape": list(self.model.shape),
+                "identity": self.model.identity,
+            },
+            "metrics": [m.name for m in self.metrics],
+            "splits": {
+                name: {"name": s.name, "n": s.n, "sha256": s.sha256} for name, s in self.splits.items()
+            },
+            "notes": self.notes,
+            "cells": [p.cell.filename for p in everything],
+        }
+        write_atomically(out / "run.json", json.dumps(manifest, indent=1).encode())
+
+        todo = [p for p in everything if not self._finished(p.cell)]
+        print(
+            f"{len(everything) - len(todo)} of {len(everything)} cells are finished already", file=sys.stderr
+        )
+        if not todo:
+            return
+        # the first call pays for memory and kernels; no cell's time should
+        self._sample(todo[0].sampler, todo[0].cell.seed, range(min(self.config.n, self.config.batch)))
+        with _progress(sum(p.sampler.plan.nfe for p in todo)) as advance:
+            for planned in todo:
+                started = time.perf_counter()
+                try:
+                    result = self._measure(planned)
+                except NonFiniteError as error:
+                    raise UserError(f"{planned.cell.solver}, {planned.cell.steps} steps: {error}") from error
+                planned.cell.write(out / "cells", result, where)
+                advance(planned, time.perf_counter() - started)
+
+    def _finished(self, cell: Cell) -> bool:
+        folder = Path(self.config.out) / "cells"
+        try:
+            found = cell.read(folder)
+            if found is not None and cell.reference:
+                self._load_solution(cell, found["result"]["solution_sha256"])
+        except DamagedCell as error:
+            print(f"{error}; this cell is run again", file=sys.stderr)
+            return False
+        return found is not None
+
+    # -- one cell --------------------------------------------------------------------------------------------
+
+    def _measure(self, planned: _Planned) -> dict[str, Any]:
+        cell, sampler, n = planned.cell, planned.sampler, self.config.n
+        compared = 0 if sampler.plan.stochastic else min(n, self.config.reference.n)
+        moments = [GroupedMoments(m.dim) for m in self.metrics]
+        pixels = n * 8 * torch.Size(self.model.shape).numel()
+        keep_pixels = (
+            set(self.splits) == {"train", "heldout"}
+            and pixels <= _KEEP_BYTES
+            and all(isinstance(s.source, Tensor) for s in self.splits.values())
+        )
+        images: list[Tensor] = []
+        first: list[Tensor] = []
+        seconds: list[float] = []
+        total = 0.0
+        self.tally.reset()
+        for start in range(0, n, self.config.batch):
+            index = range(start, min(n, start + self.config.batch))
+            began = time.perf_counter()
+            x = self._sample(sampler, cell.seed, index)
+            elapsed = time.perf_counter() - began
+            total += elapsed
+            if len(index) == self.config.batch or not seconds:
+                seconds.append(elapsed / len(index))
+            quantised = to_uint8(x)
+            for measure, moment in zip(self.metrics, moments, strict=True):
+                moment.update(measure.extractor(quantised), index)
+            if keep_pixels or start < self.config.images:
+                images.append(quantised.cpu())
+            if start < compared:
+                first.append(x[: compared - start].cpu())
+        shown = torch.cat(images) if images else torch.empty(0, *self.model.shape, dtype=torch.uint8)
+        result: dict[str, Any] = {
+            "n": n,
+            "nfe": self.tally.evaluations / n,
+            "rows_per_sample": self.tally.rows / n,
+            "seconds_per_sample": sorted(seconds)[len(seconds) // 2],
+            "seconds": total,
+            "stochastic": sampler.plan.stochastic,
+            "plan": repr(sampler.plan),
+            "notes": list(sampler.plan.notes),
+            "metrics": {
+                measure.name: {
+                    split: estimate(moment, reference).to_dict()
+                    for split, reference in measure.references.items()
+                }
+                for measure, moment in zip(self.metrics, moments, strict=True)
+            },
+            "memorisation": None,
+            "rmse": None,
+            "rmse_median": None,
+            "images": [_png(image) for image in shown[: self.config.images]],
+        }
+        if keep_pixels:
+            train, heldout = (self.splits[s].source for s in ("train", "heldout"))
+            assert isinstance(train, Tensor)
+            assert isinstance(heldout, Tensor)
+            result["memorisation"] = memorisation(shown, train, heldout).to_dict()
+        if cell.reference:
+            result |= self._save_solution(planned, torch.cat(first))
+        elif compared:
+            solution = self._load_solution(self.references[cell.seed].cell)
+            result["rmse"], result["rmse_median"] = rmse(torch.cat(first), solution)
+        return result
+
+    def _sample(self, sampler: Sampler, seed: int, index: range) -> Tensor:
+        which = torch.arange(index.start, index.stop, device=self.device)
+        labels = draw_labels(self.config.labels, self.model.classes, seed, which)
+        conditions = {} if labels is None else {"labels": labels}
+        x = sampler(
+            shape=(len(index), *self.model.shape), seed=seed, index=which, device=self.device, **conditions
+        )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return x
+
+    # -- the reference solution ------------------------------------------------------------------------------
+
+    def _solution_path(self, cell: Cell) -> Path:
+        return Path(self.config.out) / "solutions" / f"{Path(cell.filename).stem}.safetensors"
+
+    def _save_solution(self, planned: _Planned, x: Tensor) -> dict[str, Any]:
+        """Store the solution, and estimate its own error by comparing it with one of half the steps."""
+        from safetensors.torch import save
+
+        cell, reference = planned.cell, self.config.reference
+        half = make_sampler(
+            planned.sampler.denoiser, reference.solver, max(1, reference.steps // 2), None, self.config.end
+        )
+        few = range(min(len(x), _REFERENCE_CHECK))
+        error, median = rmse(self._sample(half, cell.seed, few).cpu(), x[: len(few)])
+        content = save({"x": x.contiguous()})
+        write_atomically(self._solution_path(cell), content)
+        return {
+            "solution_sha256": hashlib.sha256(content).hexdigest(),
+            "half_steps_rmse": error,
+            "half_steps_rmse_median": median,
+        }
+
+    def _load_solution(self, cell: Cell, sha256: str | None = None) -> Tensor:
+        from safetensors.torch import load
+
+        path = self._solution_path(cell)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DamagedCell(f"{path.name}: unreadable ({error})") from error
+        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+            raise DamagedCell(f"{path.name}: its checksum does not match")
+        return load(content)["x"]
+
+
+def _prepare(config: BenchConfig) -> _Job:
+    """Check every setting, cheapest first, and load what the run needs."""
+    with checking():
+        _check_numbers(config)
+        for solver, grid in itertools.product([*config.solvers, config.reference.solver], config.grids):
+            check_names(solver, grid)
+        names = _metric_names(config)
+        device = resolve_device(config.device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        model = load_model(
+            config.model, shape=config.shape, classes=config.classes, guidance=config.guidance, device=device
+        )
+        if isinstance(config.labels, list):
+            raise ValueError(f"labels={config.labels!r}: a benchmark takes auto, null or one label")
+        draw_labels(config.labels, model.classes, 0, torch.arange(1))
+        metrics, splits = _metrics(config, names, model, device)
+
+    denoiser, tally = counted(model.denoiser)
+    identity = {
+        "model": model.identity,
+        "shape": list(model.shape),
+        "n": config.n,
+        "labels": config.labels,
+        "classes": model.classes,
+        "end": config.end,
+        "images": config.images,
+        "metrics": {m.name: m.extractor.sha256 for m in metrics},
+        "data": {name: split.sha256 for name, split in splits.items()},
+        # seconds are part of the result
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "batch": config.batch,
+    }
+
+    def cell(solver: Any, steps: int, grid: str | None, seed: int, sampler: Sampler, **more: Any) -> Cell:
+        plan = hashlib.sha256(sampler.plan.to_json().encode()).hexdigest()
+        reference = bool(more.pop("is_reference", False))
+        spec = {**identity, "plan": plan, "seed": seed, "reference": more}
+        return Cell(solver_label(solver), steps, grid, seed, spec, reference)
+
+    notes: list[str] = []
+    with checking("reference"):
+        sampler = make_sampler(denoiser, config.reference.solver, config.reference.steps, None, config.end)
+        if sampler.plan.stochastic:
+            raise ValueError(f"solver={config.reference.solver!r} draws noise; take a deterministic one")
+    references = {
+        seed: _Planned(
+            cell(
+                config.reference.solver,
+                config.reference.steps,
+                None,
+                seed,
+                sampler,
+                is_reference=True,
+                n=min(config.n, config.reference.n),
+            ),
+            sampler,
+        )
+        for seed in config.seeds
+    }
+    planned: list[_Planned] = []
+    for solver, grid in itertools.product(config.solvers, config.grids):
+        with checking(f"solver {solver_label(solver)}" + (f" on grid {grid}" if grid else "")):
+            samplers = _samplers(config, denoiser, solver, grid, notes)
+        for sampler, seed in itertools.product(samplers, config.seeds):
+            one = cell(solver, sampler.plan.steps, grid, seed, sampler, key=references[seed].cell.key)
+            planned.append(_Planned(one, sampler))
+    if not planned:
+        raise UserError(f"nfe={config.nfe}: no solver has a plan within these budgets")
+    planned.sort(key=lambda p: p.sampler.plan.nfe)
+    return _Job(config, model, device, tally, metrics, splits, references, planned, notes)
+
+
+def _check_numbers(config: BenchConfig) -> None:
+    for name, low in (("n", 1), ("batch", 1), ("images", 0)):
+        if getattr(config, name) < low:
+            raise ValueError(f"{name}={getattr(config, name)}: at least {low} is needed")
+    for name in ("solvers", "grids", "seeds", "steps" if config.steps is not None else "nfe"):
+        if not getattr(config, name):
+            raise ValueError(f"{name}=[]: at least one is needed")
+    for name in ("nfe", "steps"):
+        for value in getattr(config, name) or ():
+            if value < 1:
+                raise ValueError(f"{name}={getattr(config, name)}: {value} is refused; at least 1 is needed")
+    for name in ("steps", "n"):
+        if getattr(config.reference, name) < 1:
+            raise ValueError(f"reference.{name}={getattr(config.reference, name)}: at least 1 is needed")
+    if config.threads is not None and config.threads < 1:
+        raise ValueError(f"threads={config.threads}: at least 1 is needed")
+    labels = [solver_label(s) for s in config.solvers]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"solvers={labels}: a solver is named twice")
+    if config.baseline not in labels and config.baseline != BenchConfig().baseline:
+        from fastsample.errors import unknown
+
+        raise unknown("baseline", config.baseline, labels)
+
+
+def _metric_names(config: BenchConfig) -> list[MetricName]:
+    embedded = isinstance(config.model, str) and config.model in _EMBEDDED_DATA
+    wanted = config.metrics if config.metrics is not None else ["fd-digits"] if embedded else []
+    names = [parse_metric(name) for name in wanted]
+    for name in names:
+        name.with_n(config.n)
+    return names
+
+
+def _metrics(
+    config: BenchConfig, names: list[MetricName], model: Model, device: torch.device
+) -> tuple[list[_Measures], dict[str, ImageSet]]:
+    embedded = (
+        _EMBEDDED_DATA.get(config.model, (None, None)) if isinstance(config.model, str) else (None, None)
+    )
+    sources = {"train": config.train or embedded[0], "heldout": config.heldout or embedded[1]}
+    splits = {
+        split: load_images(source, model.shape) for split, source in sources.items() if source is not None
+    }
+    if names and not splits:
+        raise ValueError(
+            f"metrics={[name.base for name in names]}: images to compare with are needed; give train=FOLDER "
+            "(and heldout=FOLDER), or metrics=[]"
+        )
+    metrics = []
+    for name in names:
+        weights = config.inception_weights if name.base == "fid" else None
+        extractor = FeatureExtractor(name.extractor, device=device, weights=weights)
+        dim = extractor.dim(model.shape)
+        if config.n < minimum_samples(dim):
+            raise ValueError(
+                f"n={config.n}: {name.base} has {dim} features, so at least {minimum_samples(dim)} samples are "
+                f"needed, and {RELIABLE_RATIO * dim} for a reliable interval"
+            )
+        cache = Path(config.out) / "statistics"
+        references = {split: s.reference(extractor, cache, config.batch) for split, s in splits.items()}
+        for split, reference in references.items():
+            if reference.gaussian.dim != dim:
+                raise ValueError(
+                    f"{split}={splits[split].name}: {reference.gaussian.dim} features, {name.base} has {dim}"
+                )
+        metrics.append(_Measures(name.with_n(config.n), extractor, dim, references))
+    return metrics, splits
+
+
+def _samplers(
+    config: BenchConfig, denoiser: Any, solver: Any, grid: str | None, notes: list[str]
+) -> list[Sampler]:
+    """The solver's samplers at the steps or within the budgets asked for, without duplicates."""
+    if config.steps is not None:
+        return [
+            make_sampler(denoiser, solver, steps, grid, config.end) for steps in sorted(set(config.steps))
+        ]
+    found: dict[int, Sampler] = {}
+    for budget in sorted(set(config.nfe)):
+        for steps in range(budget, 0, -1):
+            sampler = make_sampler(denoiser, solver, steps, grid, config.end)
+            if sampler.plan.nfe <= budget:
+                found.setdefault(steps, sampler)
+                break
+        else:
+            notes.append(f"{solver_label(solver)} has no plan with {budget} or fewer evaluations")
+    return list(found.values())
+
+
+def _png(image: Tensor) -> str:
+    """A uint8 image [C, H, W] as base64 PNG."""
+    from PIL import Image
+
+    array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@contextmanager
+def _progress(evaluations: int) -> Iterator[Any]:
+    """A bar over all evaluations on a terminal, a line a cell elsewhere."""
+    if not sys.stderr.isatty():
+
+        def line(planned: _Planned, seconds: float) -> None:
+            cell, nfe = planned.cell, planned.sampler.plan.nfe
+            kind = "reference " if cell.reference else ""
+            print(
+                f"{kind}{cell.solver}: {nfe} evaluations, seed {cell.seed}, {seconds:.1f} s", file=sys.stderr
+            )
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("cells", total=evaluations)
+
+        def advance(planned: _Planned, seconds: float) -> None:
+            nfe = planned.sampler.plan.nfe
+            bar.update(task, advance=nfe, description=f"{planned.cell.solver}, {nfe} evaluations")
+
+        yield advance

@@ -1,0 +1,209 @@
+"""Writing plans: a solver is a function that does arithmetic on symbolic states.
+
+    def ddim(b, grid):
+        x = b.x
+        for s, t in intervals(grid):
+            x = b.state(b.sigma(t) / b.sigma(s) * x + (...) * b.x0(x), t)
+
+States, predictions and noises are :class:`Expr`: linear combinations with float64 coefficients, which may carry
+gradients with respect to the grid. :meth:`Builder.state` turns a combination into a row of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import Plan, Row
+from .prediction import canonical, coefficients
+from .process import Process, TimeLike, as_time
+
+Atom = tuple[str, int]
+Scalar = float | int | Tensor
+
+
+def _number(value: Scalar) -> Tensor:
+    return as_time(value)
+
+
+class Expr:
+    """A linear combination of states ``("x", j)``, predictions ``("m", k)`` and noises ``("z", s)``."""
+
+    __slots__ = ("terms",)
+
+    def __init__(self, terms: dict[Atom, Tensor]) -> None:
+        self.terms = terms
+
+    def __add__(self, other: Expr) -> Expr:
+        terms = dict(self.terms)
+        for atom, c in other.terms.items():
+            terms[atom] = terms[atom] + c if atom in terms else c
+        return Expr(terms)
+
+    def __mul__(self, scale: Scalar) -> Expr:
+        factor = _number(scale)
+        return Expr({atom: c * factor for atom, c in self.terms.items()})
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, scale: Scalar) -> Expr:
+        return self * (1 / _number(scale))
+
+    def __neg__(self) -> Expr:
+        return self * -1.0
+
+    def __sub__(self, other: Expr) -> Expr:
+        return self + -other
+
+    def __repr__(self) -> str:
+        return " ".join(f"{float(c):+.6g} {kind}{i}" for (kind, i), c in self.terms.items()) or "0"
+
+
+def zero() -> Expr:
+    """The empty combination."""
+    return Expr({})
+
+
+def combine(weights: Iterable[Scalar], expressions: Sequence[Expr]) -> Expr:
+    """``sum_j w_j e_j``."""
+    total = zero()
+    for w, e in zip(weights, expressions, strict=True):
+        total = total + w * e
+    return total
+
+
+def intervals(grid: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The consecutive pairs (from, to) of a grid."""
+    points = grid.unbind()
+    return zip(points[:-1], points[1:], strict=True)
+
+
+class Builder:
+    """Collects rows for one plan.
+
+    Args:
+        process: the noise process.
+        prediction: what the network predicts.
+        t0: the time of the input state.
+
+    Attributes:
+        x: the input state.
+    """
+
+    def __init__(self, process: Process, prediction: str, t0: TimeLike) -> None:
+        self.process = process
+        self.prediction = canonical(prediction)
+        self.x = Expr({("x", 0): _number(1.0)})
+        self.notes: list[str] = []
+        self._t0 = as_time(t0)
+        self._rows: list[dict[str, Any]] = []
+        self._streams = 0
+
+    # -- the process at a time, shortened --------------------------------------------------------------------
+
+    def alpha(self, t: TimeLike) -> Tensor:
+        return self.process.alpha(t)
+
+    def sigma(self, t: TimeLike) -> Tensor:
+        return self.process.sigma(t)
+
+    def lam(self, t: TimeLike) -> Tensor:
+        return self.process.lam(t)
+
+    # -- rows ------------------------------------------------------------------------------------------------
+
+    def time_of(self, state: Expr) -> Tensor:
+        """The time of a state."""
+        j = self._index(state)
+        return self._t0 if j == 0 else self._rows[j - 1]["t"]
+
+    def _index(self, state: Expr) -> int:
+        if len(state.terms) == 1:
+            ((kind, j), c) = next(iter(state.terms.items()))
+            if kind == "x" and float(c) == 1.0:
+                return j
+        raise ValueError(f"{state!r} is not a state; make it one by builder.state(expression, t)")
+
+    def state(self, value: Expr, t: TimeLike) -> Expr:
+        """A row: the combination ``value`` becomes the state at time ``t``."""
+        self._rows.append({"value": value, "t": as_time(t)})
+        return Expr({("x", len(self._rows)): _number(1.0)})
+
+    def noise(self) -> Expr:
+        """Fresh standard normal noise; using the same expression twice re-uses the same noise."""
+        self._streams += 1
+        return Expr({("z", self._streams): _number(1.0)})
+
+    def predict(
+        self, state: Expr, space: str, *, t_in: TimeLike | None = None, step: Scalar | None = None
+    ) -> Expr:
+        """Evaluate the network at a state and give its prediction ``m`` in ``space``.
+
+        Args:
+            state: a state (not a combination).
+            space: "x0", "eps", "v" or "flow".
+            t_in: the time told to the network, by default the state's own, kept within the trained range.
+            step: a step size also told to the network (shortcut models).
+        """
+        j = self._index(state)
+        t = self.time_of(state)
+        if j == 0 or j != len(self._rows) or "net" in self._rows[-1]:
+            self.state(state, t)  # an evaluation belongs to the newest row
+        p, q = coefficients(self.prediction, self.alpha(t), self.sigma(t), space)
+        low, high = sorted((self.process.t_end, self.process.t_start))
+        told = t.clamp(low, high) if t_in is None else as_time(t_in)
+        self._rows[-1]["net"] = {"space": space, "t_in": told, "p": p, "q": q, "step": step}
+        return Expr({("m", len(self._rows) - 1): _number(1.0)})
+
+    def x0(self, state: Expr) -> Expr:
+        """The predicted clean sample at a state."""
+        return self.predict(state, "x0")
+
+    def eps(self, state: Expr) -> Expr:
+        """The predicted noise at a state."""
+        return self.predict(state, "eps")
+
+    # -- the plan --------------------------------------------------------------------------------------------
+
+    def finish(self, solver: str, steps: int, options: dict[str, Any] | None = None) -> Plan:
+        """The plan of all rows written so far.
+
+        Raises:
+            ValueError: a coefficient is not finite.
+        """
+        rows: list[Row] = []
+        numbers: list[Tensor] = []
+        for item in self._rows:
+            terms = {atom: c for atom, c in item["value"].terms.items() if c.requires_grad or float(c) != 0.0}
+            reads = {kind: [(i, terms[k, i]) for k, i in sorted(terms) if k == kind] for kind in "xmz"}
+            net = item.get("net")
+            offset = len(numbers)
+            numbers += [c for kind in "xmz" for _, c in reads[kind]]
+            numbers += [item["t"], self.alpha(item["t"]), self.sigma(item["t"])]
+            sized = net is not None and net["step"] is not None
+            if net is not None:
+                numbers += [net["t_in"], net["p"], net["q"], *([_number(net["step"])] if sized else [])]
+            rows.append(
+                Row(
+                    *(tuple(i for i, _ in reads[kind]) for kind in "xmz"),
+                    evaluates=net is not None,
+                    space=net["space"] if net else None,
+                    sized=sized,
+                    offset=offset,
+                )
+            )
+        return Plan(
+            rows,
+            torch.stack([n.reshape(()) for n in numbers]),
+            solver=solver,
+            options=options,
+            prediction=self.prediction,
+            process=repr(self.process),
+            fingerprint=self.process.fingerprint,
+            steps=steps,
+            t0=float(self._t0),
+            notes=self.notes,
+        )

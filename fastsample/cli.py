@@ -1,0 +1,223 @@
+"""The command line: ``fastsample COMMAND [key=value ...]``, Hydra applications over typed configurations.
+
+Nothing heavy is imported until a command's settings have been read, so that ``--help`` is immediate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fastsample.conf import COMMANDS
+from fastsample.errors import nearest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_SUMMARY = {
+    "sample": "write images (PNG) and a grid of them",
+    "bench": "measure solvers against steps and time; writes report.html, results.json, results.csv",
+    "report": "write the report of a run again, also of an unfinished one",
+}
+
+_EXAMPLES = {
+    "sample": """\
+fastsample sample model=digits solver=auto steps=8 n=64 out=runs/digits
+fastsample sample solver=dpmpp_2m steps=20 grid=karras labels=[0,1,2,3] guidance=2
+fastsample sample 'solver={name: ddim, eta: 1}' steps=100
+fastsample sample model._target_=my.module.make_model model.width=64 shape=[3,32,32]""",
+    "bench": """\
+fastsample bench                                    # demonstration: digits, nine solvers, 4 to 50 evaluations
+fastsample bench solvers=[auto,ddim,unipc_3] nfe=[5,10,20] seeds=[0,1] out=runs/mine
+fastsample bench solvers=[dpmpp_2m] steps=[8,16] grids=[uniform,karras,logsnr]
+fastsample bench model._target_=my.module.make_model train=data/train metrics=[fid] n=50000
+fastsample bench --multirun guidance=1,2,4 out=runs/guidance     # one folder each: runs/guidance/0, 1, 2
+fastsample bench --cfg job                          # print the settings, run nothing""",
+    "report": """\
+fastsample report run=runs/bench
+fastsample report run=runs/bench out=public/bench""",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``fastsample``.
+
+    Args:
+        argv: arguments after the program's name; None takes those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"fastsample {version('fastsample')}")
+        return
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        _fail("", f"no command {command!r}; {nearest(command, COMMANDS)}")
+    if "-h" in rest or "--help" in rest:
+        print(_command_help(command))
+        return
+    import hydra
+
+    from fastsample.conf import register
+
+    register()
+    overrides = _checked(command, rest)
+    task = _task(command, f"fastsample {shlex.join([command, *rest])}")
+    sys.argv = [f"fastsample {command}", *overrides]
+    hydra.main(version_base="1.3", config_path=None, config_name=command)(task)()
+
+
+def _task(command: str, line: str) -> Callable[[DictConfig], None]:
+    def task(settings: DictConfig) -> None:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            config: Any = OmegaConf.to_object(settings)
+        except OmegaConfBaseException as error:
+            _fail(command, str(error))
+        hydra_config = HydraConfig.get()
+        if hydra_config.mode == RunMode.MULTIRUN:
+            config.out = hydra_config.runtime.output_dir
+        from fastsample.bench.errors import UserError
+
+        try:
+            _RUN[command](config, line)
+        except UserError as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            _fail(command, str(error))
+
+    return task
+
+
+def _sample(config: Any, line: str) -> None:
+    from fastsample.bench.sample import sample
+
+    print(f"wrote {sample(config)}")
+
+
+def _bench(config: Any, line: str) -> None:
+    from fastsample.bench.run import bench
+
+    print(f"report: {bench(config, command=line)}")
+
+
+def _report(config: Any, line: str) -> None:
+    from fastsample.bench.report import render_run
+
+    print(f"report: {render_run(Path(config.run), Path(config.out) if config.out else None)}")
+
+
+_RUN: dict[str, Callable[[Any, str], None]] = {"sample": _sample, "bench": _bench, "report": _report}
+
+
+_FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
+_FLAGS_WITH_VALUE |= {"--config-dir", "-cd", "--experimental-rerun"}
+
+
+def _checked(command: str, arguments: Sequence[str]) -> list[str]:
+    """Overrides with their keys checked; keys inside an open setting (``model.width=64``) need no ``+``."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    checked: list[str] = []
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
+        if argument.startswith("-") or previous in _FLAGS_WITH_VALUE:
+            checked.append(argument)
+            continue
+        try:
+            override = parser.parse_override(argument)
+        except HydraException:
+            _fail(command, f"{argument!r} is not a setting; write key=value, quoted where the shell needs it")
+        key = override.key_or_group
+        if key.startswith(("hydra.", "hydra/")):
+            checked.append(argument)
+        else:
+            inside_open = _check_key(command, key)
+            plain = not (override.is_add() or override.is_force_add() or override.is_delete())
+            checked.append(f"++{argument}" if inside_open and plain else argument)
+    return checked
+
+
+def _check_key(command: str, key: str) -> bool:
+    """Whether ``key`` lies inside an open setting; exits if there is no such setting."""
+    schema: type = COMMANDS[command]
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        fields = {f.name: f for f in dataclasses.fields(schema)}
+        if part not in fields:
+            prefix = ".".join(parts[:depth])
+            known = [f"{prefix}.{name}" if prefix else name for name in fields]
+            _fail(command, f"no setting {key!r}; {nearest(key, known)}")
+        inner = fields[part].metadata.get("schema")
+        if inner is None:
+            return depth < len(parts) - 1
+        schema = inner
+    return False
+
+
+def _fail(command: str, message: str) -> NoReturn:
+    print(f"{' '.join(['fastsample', command]).strip()}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<8} {text}" for name, text in _SUMMARY.items())
+    examples = textwrap.indent("\n".join(text.splitlines()[0] for text in _EXAMPLES.values()), "  ")
+    return (
+        "usage: fastsample COMMAND [key=value ...]\n\n"
+        "Make diffusion and flow models sample in few steps, with the proof.\n\n"
+        f"commands:\n{commands}\n\nexamples:\n{examples}\n\n"
+        "fastsample COMMAND --help lists a command's settings; fastsample --version prints the version."
+    )
+
+
+def _command_help(command: str) -> str:
+    lines: list[str] = []
+    for key, default, text in _settings(COMMANDS[command]):
+        lines.append(f"  {key}={default}")
+        lines += textwrap.wrap(
+            text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+        )
+    examples = textwrap.indent(_EXAMPLES[command], "  ")
+    return (
+        f"usage: fastsample {command} [key=value ...] [--cfg job] [--multirun]\n\n"
+        f"{_SUMMARY[command]}\n\nexamples:\n{examples}\n\nsettings:\n" + "\n".join(lines) + "\n\n"
+        "--cfg job prints the settings and runs nothing; --multirun runs every combination of "
+        "comma-separated values;\n--hydra-help lists what else Hydra offers."
+    )
+
+
+def _settings(schema: type, prefix: str = "") -> list[tuple[str, str, str]]:
+    found: list[tuple[str, str, str]] = []
+    for f in dataclasses.fields(schema):
+        inner = f.metadata.get("schema")
+        if inner is not None:
+            found += _settings(inner, f"{prefix}{f.name}.")
+        else:
+            assert f.default_factory is not dataclasses.MISSING
+            found.append((prefix + f.name, _literal(f.default_factory()), f.metadata["help"]))
+    return found
+
+
+def _literal(value: Any) -> str:
+    """A default as it is written on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return f"[{','.join(map(_literal, value))}]"
+    return str(value)

@@ -1,0 +1,27 @@
+"""Typed configurations of the commands; registered with Hydra by ``register``. Does not import torch."""
+
+from __future__ import annotations
+
+from fastsample.conf.schema import BenchConfig, ReferenceConfig, ReportConfig, SampleConfig
+
+__all__ = ["COMMANDS", "BenchConfig", "ReferenceConfig", "ReportConfig", "SampleConfig", "register"]
+
+COMMANDS: dict[str, type] = {"sample": SampleConfig, "bench": BenchConfig, "report": ReportConfig}
+
+
+def register() -> None:
+    """Put the commands' configurations into Hydra's ConfigStore."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    hydra = {
+        # A sweep puts one folder a job under `out`; a single run makes `out` itself, after its checks.
+        "run": {"dir": "."},
+        "sweep": {"dir": "${out}", "subdir": "${hydra:job.num}"},
+        "output_subdir": None,
+        "job": {"chdir": False},
+    }
+    no_log_files = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
+    for name, schema in COMMANDS.items():
+        store.store(name=f"{name}_schema", node=schema)
+        store.store(name=name, node={"defaults": [f"{name}_schema", "_self_", *no_log_files], "hydra": hydra})

@@ -1,0 +1,127 @@
+"""The commands' settings, one dataclass a command."""
+# ruff: noqa: RUF009 (these calls make dataclass fields, with a fresh default for each instance)
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, help: str) -> Any:
+    """A setting with its documentation, which ``--help`` prints."""
+    return field(default_factory=lambda: deepcopy(default), metadata={"help": help})
+
+
+def group(schema: type) -> Any:
+    """A group of settings, ``group.setting=value``."""
+    return field(default_factory=schema, metadata={"schema": schema})
+
+
+@dataclass
+class SampleConfig:
+    """Settings of ``fastsample sample``."""
+
+    model: Any = option(
+        "digits",
+        "Embedded model by name, or your own: model._target_=my.module.make_model model.ARGUMENT=VALUE.",
+    )
+    solver: Any = option("auto", "Solver by name, or with options: 'solver={name: ddim, eta: 0.5}'.")
+    steps: int = option(8, "Number of grid intervals.")
+    grid: str | None = option(None, "Time grid by name; null: the solver's own.")
+    end: str | None = option(None, "Where sampling ends: zero or sigma_min; null: the solver's own.")
+    n: int = option(64, "Number of images.")
+    seed: int = option(0, "Seed of the noise; image i depends on (seed, i) alone.")
+    labels: Any = option(
+        "auto",
+        "Class labels: auto (drawn at random where the model has classes), null (unconditional), one label, "
+        "or [0,1,2] (repeated in order).",
+    )
+    classes: int | None = option(
+        None, "Number of classes of your own model, which then takes labels=[B]; embedded models know theirs."
+    )
+    guidance: float = option(1.0, "Classifier-free guidance scale; 1: none.")
+    shape: list[int] | None = option(None, "Shape of one sample (C, H, W); null: what the model says.")
+    batch: int = option(256, "Images sampled at once.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = option(None, "CPU threads; null: torch's choice.")
+    out: str = option("runs/sample", "Folder for the images: 00000.png, ... and grid.png.")
+
+
+@dataclass
+class ReferenceConfig:
+    """The model's own converged solution, which RMSE is measured against."""
+
+    solver: Any = option("auto", "Solver of the reference solution; deterministic.")
+    steps: int = option(100, "Its number of steps.")
+    n: int = option(2000, "RMSE is measured on so many samples, the first ones.")
+
+
+@dataclass
+class BenchConfig:
+    """Settings of ``fastsample bench``; the defaults are the demonstration on the embedded digits model."""
+
+    model: Any = option(
+        "digits",
+        "Embedded model by name, or your own: model._target_=my.module.make_model model.ARGUMENT=VALUE.",
+    )
+    solvers: list[Any] = option(
+        ["auto", "ddim", "heun", "deis_3", "ipndm", "dpm_solver_2m", "dpmpp_2m", "dpmpp_3m", "unipc_3"],
+        "Solvers by name, or with options: 'solvers=[auto,{name: ddim, eta: 1}]'.",
+    )
+    nfe: list[int] = option(
+        [4, 6, 8, 10, 20, 50],
+        "Budgets of network evaluations: every solver takes the most steps that stay within each.",
+    )
+    steps: list[int] | None = option(None, "Numbers of steps instead of budgets.")
+    grids: list[str | None] = option([None], "Time grids by name; null: the solver's own.")
+    seeds: list[int] = option([0], "Seeds; sample i starts from the noise (seed, i) in every cell.")
+    end: str | None = option(None, "Where sampling ends: zero or sigma_min; null: the solver's own.")
+    n: int = option(2000, "Number of samples in a cell.")
+    metrics: list[str] | None = option(
+        None,
+        "Frechet metrics: fd-digits, fid, fd-NAME (NAME registered with torch-fidelity); null: fd-digits for "
+        "the embedded digits models, none for others.",
+    )
+    train: str | None = option(
+        None,
+        "Images that the metrics compare with: a folder, an .npz with mu and sigma, or digits:train, "
+        "digits:heldout, digits:all; null: the embedded model's training set.",
+    )
+    heldout: str | None = option(
+        None,
+        "Images that the model was not trained on, as for train; null: the embedded model's held-out set.",
+    )
+    labels: Any = option(
+        "auto",
+        "Class labels: auto (drawn at random where the model has classes), null (unconditional), or one.",
+    )
+    classes: int | None = option(
+        None, "Number of classes of your own model, which then takes labels=[B]; embedded models know theirs."
+    )
+    guidance: float = option(1.0, "Classifier-free guidance scale; 1: none.")
+    reference: ReferenceConfig = group(ReferenceConfig)
+    baseline: str = option(
+        "ddim", "The solver that the headline compares with, at its largest number of evaluations."
+    )
+    shape: list[int] | None = option(None, "Shape of one sample (C, H, W); null: what the model says.")
+    batch: int = option(500, "Images sampled at once.")
+    images: int = option(10, "Images of each cell shown in the report.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = option(None, "CPU threads; null: torch's choice.")
+    inception_weights: str | None = option(
+        None, "File with the Inception weights for fid; null: torch-fidelity's cache."
+    )
+    out: str = option(
+        "runs/bench", "Run folder. Start the same command again after a kill: finished cells are kept."
+    )
+
+
+@dataclass
+class ReportConfig:
+    """Settings of ``fastsample report``."""
+
+    run: str = option("runs/bench", "Run folder of ``fastsample bench``.")
+    out: str | None = option(
+        None, "Folder for report.html, results.json and results.csv; null: the run folder."
+    )

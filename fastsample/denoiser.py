@@ -1,0 +1,336 @@
+"""Denoisers: any callable network with the meaning of its input and output, its conditions and its guidance."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from .errors import unknown
+from .prediction import canonical, coefficients
+from .process import Process, TimeLike, as_time
+
+TimeInput = str | Callable[[Tensor, Process], Tensor]
+
+_TIME_INPUTS: dict[str, Callable[[Tensor, Process], Tensor]] = {
+    "t": lambda t, process: t,
+    "1000t": lambda t, process: 1000 * t,
+    "1-t": lambda t, process: 1 - t,
+    "sigma": lambda t, process: process.rho(t),
+    "log_sigma": lambda t, process: -process.lam(t),
+    "c_noise": lambda t, process: -process.lam(t) / 4,
+    "lam": lambda t, process: process.lam(t),
+}
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance, ``out = null + scale (cond - null)`` (Ho & Salimans 2022, eq. 6, w = scale - 1).
+
+    Attributes:
+        scale: 1 is the conditional model alone; it then costs no second evaluation.
+        null: the conditions that the unconditional evaluation sees instead; others are shared.
+        interval: noise levels ``sigma / alpha`` within which guidance acts (Kynkaanniemi et al. 2024).
+        rescale: ``phi`` of Lin et al. 2024 (eq. 15, 16): pulls each sample's standard deviation back.
+        batched: one evaluation of a doubled batch, or two of the plain one (less memory).
+    """
+
+    scale: float
+    null: Mapping[str, Any] = field(default_factory=dict)
+    interval: tuple[float, float] = (0.0, float("inf"))
+    rescale: float = 0.0
+    batched: bool = True
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        if not 0 <= low < high:
+            raise ValueError(f"interval={self.interval!r}: need 0 <= low < high, in units of sigma/alpha")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale={self.rescale!r} must lie in [0, 1]")
+        if self.scale != 1 and not self.null:
+            raise ValueError(
+                f"guidance scale={self.scale!r} needs null={{...}}: the conditions of the unconditional evaluation, "
+                'for instance null={"labels": 10}'
+            )
+
+    def acts(self, rho: float) -> bool:
+        """Whether guidance acts at the noise level ``rho = sigma / alpha``."""
+        return self.scale != 1 and self.interval[0] <= rho <= self.interval[1]
+
+
+def _is_per_sample(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
+
+
+def select(conditions: Any, samples: slice, total: int) -> Any:
+    """The part of nested conditions that belongs to some samples; shared values are kept whole."""
+    return tree_map(lambda v: v[samples] if _is_per_sample(v, total) else v, conditions)
+
+
+def _as_tensors(conditions: Any, device: torch.device) -> Any:
+    def convert(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return tree_map(convert, conditions)
+
+
+def _doubled(cond: Any, null: Any, batch: int) -> Any:
+    """Null and conditional values stacked along the batch, or None where a value cannot be stacked."""
+    a, spec_a = tree_flatten(null)
+    b, spec_b = tree_flatten(cond)
+    if spec_a != spec_b:
+        return None
+    leaves = []
+    for u, c in zip(a, b, strict=True):
+        if _is_per_sample(c, batch) or _is_per_sample(u, batch):
+            reference = c if _is_per_sample(c, batch) else u
+            u = _spread(u, reference)
+            c = _spread(c, reference)
+            if u is None or c is None:
+                return None
+            leaves.append(torch.cat([u, c]))
+        elif u is c or (not isinstance(u, Tensor) and not isinstance(c, Tensor) and u == c):
+            leaves.append(c)
+        else:
+            return None
+    return tree_unflatten(leaves, spec_b)
+
+
+def _spread(value: Any, like: Tensor) -> Tensor | None:
+    """A number or a single sample's value, repeated for the batch."""
+    if isinstance(value, (int, float)):
+        return torch.full_like(like, value)
+    if isinstance(value, Tensor):
+        if value.shape == like.shape:
+            return value.to(like)
+        if value.shape in (like.shape[1:], (1, *like.shape[1:])):
+            return value.to(like).expand_as(like)
+    return None
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A network with its meaning; made by :func:`wrap`.
+
+    Attributes:
+        net: ``net(x, t, **conditions) -> tensor`` (or an object with ``.sample``, or a tuple whose first it is).
+        process: the noise process.
+        prediction: what the output means.
+        guidance: classifier-free guidance, or None.
+        time_input: what the network is told of the time.
+        learned_variance: whether the second half of the output's channels is a variance, which is dropped.
+        dtype: the network's own precision; None hands the state over as it is.
+        conditions: conditions that every call has (a call's own ones override them).
+        sample_shape: the shape of one sample, where the model knows it.
+    """
+
+    net: Callable[..., Any]
+    process: Process
+    prediction: str
+    guidance: Guidance | None = None
+    time_input: TimeInput = "t"
+    learned_variance: bool = False
+    dtype: torch.dtype | None = None
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    sample_shape: tuple[int, ...] | None = None
+
+    def replace(self, **changes: Any) -> Denoiser:
+        """A copy with other settings."""
+        return dataclasses.replace(self, **changes)
+
+    def guided(self, scale: float, **settings: Any) -> Denoiser:
+        """The same model under classifier-free guidance (settings as in :class:`Guidance`)."""
+        if "null" not in settings and self.guidance is not None:
+            settings["null"] = self.guidance.null
+        return self.replace(guidance=Guidance(scale, **settings))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network's parameters; the CPU when it has none."""
+        if isinstance(self.net, torch.nn.Module):
+            for tensor in (*self.net.parameters(), *self.net.buffers()):
+                return tensor.device
+        return torch.device("cpu")
+
+    def told(self, t: Tensor) -> Tensor:
+        """What the network is told at time ``t`` (float64 in and out)."""
+        function = _TIME_INPUTS[self.time_input] if isinstance(self.time_input, str) else self.time_input
+        return function(t, self.process)
+
+    def time_dtype(self, state: torch.dtype) -> torch.dtype:
+        """The dtype of the network's time: integers for networks with a table, else that of the state."""
+        levels = self.process.levels
+        if levels is not None and self.time_input == "t" and bool((levels == levels.round()).all()):
+            return torch.int64
+        return torch.float64 if state == torch.float64 and self.dtype in (None, torch.float64) else torch.float32
+
+    def bind(self, batch: int, conditions: Mapping[str, Any], device: torch.device) -> Bound:
+        """The network with its conditions in place, for a batch of that size."""
+        return Bound(self, batch, conditions, device)
+
+    def __call__(self, x: Tensor, t: TimeLike, **conditions: Any) -> Tensor:
+        """The predicted clean sample of ``x`` (B, ...) at time ``t`` (a number)."""
+        time = as_time(t)
+        if time.ndim:
+            raise ValueError(f"t has shape {tuple(time.shape)}; give one number for the whole batch")
+        alpha, sigma = self.process.alpha(time), self.process.sigma(time)
+        p, q = coefficients(self.prediction, alpha, sigma, "x0")
+        told = self.told(time).to(x.device, self.time_dtype(x.dtype)).expand(x.shape[0])
+        bound = self.bind(x.shape[0], conditions, x.device)
+        return float(p) * x + float(q) * bound(x, told, float(sigma / alpha))
+
+
+class Bound:
+    """A denoiser with its conditions prepared once, so that a step costs nothing but the network."""
+
+    def __init__(
+        self, denoiser: Denoiser, batch: int, conditions: Mapping[str, Any], device: torch.device
+    ) -> None:
+        self.denoiser, self.batch = denoiser, batch
+        self.rows_per_sample = 0  # network rows so far, for each sample
+        self.evaluations = 0
+        given = _as_tensors({**denoiser.conditions, **conditions}, device)
+        self.cond = given
+        self.null: dict[str, Any] | None = None
+        self.both: dict[str, Any] | None = None
+        guidance = denoiser.guidance
+        if guidance is not None and guidance.scale != 1:
+            self.null = {**given, **_as_tensors(dict(guidance.null), device)}
+            for key in guidance.null:
+                if key not in given:
+                    raise ValueError(
+                        f"guidance has null={key!r} but the call has no condition {key!r}; pass {key}=..., or use "
+                        "guidance=None for unconditional samples"
+                    )
+                if _is_per_sample(given[key], batch):
+                    spread = _spread(self.null[key], given[key])
+                    self.null[key] = self.null[key] if spread is None else spread
+            if guidance.batched:
+                self.both = _doubled(given, self.null, batch)
+                if self.both is None:
+                    raise ValueError(
+                        "the conditions and guidance.null cannot be stacked into one doubled batch (their shapes "
+                        "or structures differ); use Guidance(..., batched=False)"
+                    )
+
+    def _call(self, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+        denoiser = self.denoiser
+        given = x if denoiser.dtype is None else x.to(denoiser.dtype)
+        out = denoiser.net(given, t, **conditions)
+        if not isinstance(out, Tensor):
+            out = out.sample if hasattr(out, "sample") else out[0] if isinstance(out, (tuple, list)) else out
+            if not isinstance(out, Tensor):
+                raise TypeError(f"the network returned {type(out).__name__}; expected a tensor")
+        if denoiser.learned_variance:
+            out = out[:, : x.shape[1]]
+        if out.shape != x.shape:
+            doubled = out.ndim == x.ndim and out.ndim > 1 and out.shape[1] == 2 * x.shape[1]
+            remedy = "wrap it with learned_variance=True" if doubled else "check sample_shape and the network"
+            raise ValueError(
+                f"the network returned shape {tuple(out.shape)} for an input of {tuple(x.shape)}; {remedy}"
+            )
+        return out
+
+    def __call__(self, x: Tensor, t: Tensor, rho: float, step: Tensor | None = None) -> Tensor:
+        """The network's (guided) output.
+
+        Args:
+            x: state (B, ...).
+            t: (B,), what the network is told.
+            rho: the noise level ``sigma / alpha``, for the guidance interval.
+            step: (B,), a step size also told to the network as ``step``.
+        """
+        extra = {} if step is None else {"step": step}
+        guidance = self.denoiser.guidance
+        self.evaluations += 1
+        if guidance is None or self.null is None or not guidance.acts(rho):
+            self.rows_per_sample += 1
+            return self._call(x, t, {**self.cond, **extra})
+        self.rows_per_sample += 2
+        if self.both is not None:
+            if step is not None:
+                extra = {"step": torch.cat([step, step])}
+            both = self._call(torch.cat([x, x]), torch.cat([t, t]), {**self.both, **extra})
+            null, cond = both.chunk(2)
+        else:
+            null = self._call(x, t, {**self.null, **extra})
+            cond = self._call(x, t, {**self.cond, **extra})
+        # low-precision networks: the difference is amplified, so combine in the state's precision
+        null, cond = null.to(x.dtype), cond.to(x.dtype)
+        out = torch.lerp(null, cond, guidance.scale)
+        if guidance.rescale:
+            dims = tuple(range(1, out.ndim))
+            ratio = cond.std(dim=dims, keepdim=True) / out.std(dim=dims, keepdim=True)
+            out = torch.lerp(out, out * ratio, guidance.rescale)
+        return out
+
+
+def wrap(
+    net: Callable[..., Any],
+    process: Process,
+    prediction: str = "eps",
+    *,
+    guidance: Guidance | None = None,
+    time_input: TimeInput = "t",
+    quantize: bool | TimeLike = False,
+    learned_variance: bool = False,
+    dtype: torch.dtype | None = None,
+    conditions: Mapping[str, Any] | None = None,
+    sample_shape: tuple[int, ...] | None = None,
+) -> Denoiser:
+    """Give a network its meaning.
+
+    Args:
+        net: any callable ``net(x, t, **conditions)`` with ``x`` (B, ...) and ``t`` (B,).
+        process: the noise process that it was trained on, such as ``fs.VP.linear()``.
+        prediction: "eps", "x0", "v", "flow" or "score".
+        guidance: classifier-free guidance.
+        time_input: what the network is told: "t" (the process's own units, the default), "1000t", "1-t",
+            "sigma" (sigma/alpha), "log_sigma", "c_noise" (log sigma / 4), "lam" (half log-SNR), or a function
+            ``(t, process) -> time`` on float64 tensors.
+        quantize: for networks with a table of times: True for the integers 0..N-1 of a discrete process, or the
+            times themselves. The solver's sigma is snapped too.
+        learned_variance: drop the second half of the output's channels.
+        dtype: the network's precision; by default that of its parameters. The state stays float32 or wider.
+        conditions: conditions common to all calls.
+        sample_shape: the shape of one sample, so that ``sampler(n=16)`` works.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be used; the message names it.
+    """
+    if not callable(net):
+        raise TypeError(f"net={net!r} is not callable; give a torch.nn.Module or a function net(x, t, **conditions)")
+    if not isinstance(process, Process):
+        raise TypeError(f"process={process!r} must be a noise process such as fs.VP.linear() or fs.Flow()")
+    if isinstance(time_input, str) and time_input not in _TIME_INPUTS:
+        raise unknown("time_input", time_input, _TIME_INPUTS)
+    if quantize is True:
+        if process.t_start != round(process.t_start) or process.t_zero != -1:
+            raise ValueError(
+                f"quantize=True needs a process with integer times, not {process!r}; give the network's times "
+                "themselves: quantize=[...]"
+            )
+        process = process.quantized(torch.arange(int(process.t_start) + 1))
+    elif quantize is not False:
+        process = process.quantized(quantize)
+    if dtype is None and isinstance(net, torch.nn.Module):
+        dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
+    return Denoiser(
+        net,
+        process,
+        canonical(prediction),
+        guidance=guidance,
+        time_input=time_input,
+        learned_variance=learned_variance,
+        dtype=dtype,
+        conditions=dict(conditions or {}),
+        sample_shape=None if sample_shape is None else tuple(sample_shape),
+    )

@@ -1,0 +1,36 @@
+"""Measures of sample quality and their uncertainty."""
+
+from __future__ import annotations
+
+from fastsample.metrics.error import rmse
+from fastsample.metrics.extractors import FeatureExtractor, metric_names, parse_metric, to_uint8
+from fastsample.metrics.frechet import (
+    Difference,
+    FrechetEstimate,
+    FrechetReference,
+    average,
+    estimate,
+    frechet_distance,
+    paired_difference,
+)
+from fastsample.metrics.memorisation import Memorisation, memorisation
+from fastsample.metrics.statistics import Gaussian, GroupedMoments
+
+__all__ = [
+    "Difference",
+    "FeatureExtractor",
+    "FrechetEstimate",
+    "FrechetReference",
+    "Gaussian",
+    "GroupedMoments",
+    "Memorisation",
+    "average",
+    "estimate",
+    "frechet_distance",
+    "memorisation",
+    "metric_names",
+    "paired_difference",
+    "parse_metric",
+    "rmse",
+    "to_uint8",
+]

@@ -1,0 +1,152 @@
+"""A small feature extractor for the digits, the eye of the Fréchet distance ``fd-digits``.
+
+A classifier trained on the "train" split; its features are the last hidden layer before the non-linearity, each
+with zero mean and unit variance over the training images. There are so few of them that both splits have more
+than 24 images a feature, below which the distance's jackknife error is unreliable.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data import NUM_CLASSES, SAMPLE_SHAPE
+from .weights import load_weights
+
+NAME = "fd-digits"
+NUM_FEATURES = 24
+
+
+class DigitsClassifier(nn.Module):
+    """Three convolutions, a layer of standardised features, a linear classifier; input ``[B, 1, 8, 8]``."""
+
+    def __init__(self, channels: int = 32, num_features: int = NUM_FEATURES, dropout: float = 0.3) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.GELU(),
+            nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1),
+            nn.BatchNorm2d(2 * channels),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(2 * channels * 16, num_features),
+            nn.BatchNorm1d(num_features, affine=False),
+        )
+        self.classifier = nn.Linear(num_features, NUM_CLASSES)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Images in [-1, 1] ``[B, 1, 8, 8]`` -> features ``[B, num_features]``."""
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class logits ``[B, 10]``."""
+        return self.classifier(F.gelu(self.features(x)))
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Images as they would be read back from 8-bit files: float32 ``[N, 1, 8, 8]`` in [-1, 1].
+
+    Args:
+        images: uint8 ``[N, C, 8, 8]`` with C = 1 or 3 (the mean of three is taken), or floats in [-1, 1]
+            ``[N, 1, 8, 8]``, which are clipped and rounded to 8 bits.
+
+    Raises:
+        ValueError: another shape.
+        TypeError: another dtype.
+    """
+    if images.ndim != 4 or images.shape[2:] != SAMPLE_SHAPE[1:]:
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected [N, C, 8, 8]")
+    if images.dtype == torch.uint8:
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"uint8 images have {images.shape[1]} channels; expected 1 or 3")
+        return images.to(torch.float32).mean(dim=1, keepdim=True) / 127.5 - 1
+    if not images.is_floating_point():
+        raise TypeError(f"images have dtype {images.dtype}; expected uint8, or floats in [-1, 1]")
+    if images.shape[1] != 1:
+        raise ValueError(f"float images have {images.shape[1]} channels; expected 1")
+    return ((images.to(torch.float32).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
+@functools.cache
+def classifier() -> DigitsClassifier:
+    """The trained classifier, in evaluation mode on the CPU; read once."""
+    tensors, config = load_weights("digits_features")
+    net = DigitsClassifier(**config)
+    net.load_state_dict(tensors)
+    return net.eval().requires_grad_(False)
+
+
+def features(images: Tensor, batch_size: int = 1024) -> Tensor:
+    """Features of the images for the Fréchet distance.
+
+    Args:
+        images: as in :func:`to_unit_range`; on any device.
+        batch_size: images at a time.
+
+    Returns:
+        Features, float64 ``[N, 24]`` on the CPU.
+
+    Raises:
+        ValueError, TypeError: images of another shape or dtype.
+    """
+    net = classifier()
+    parts = [net.features(to_unit_range(part.cpu())).double() for part in images.split(batch_size)]
+    return torch.cat(parts)
+
+
+def logits(images: Tensor) -> Tensor:
+    """Class logits, float32 ``[N, 10]`` on the CPU; images as in :func:`to_unit_range`."""
+    return classifier()(to_unit_range(images.cpu()))
+
+
+def register_with_torch_fidelity() -> str:
+    """Make the extractor known to torch-fidelity, once however often it is called.
+
+    Returns:
+        The name for ``torch_fidelity.calculate_metrics(feature_extractor=...)``; its one layer has the same name.
+    """
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+
+    class FeatureExtractorDigits(FeatureExtractorBase):
+        """The digits classifier's features, float32, for uint8 images ``[B, 3, 8, 8]``."""
+
+        def __init__(self, name: str, features_list: list[str], **kwargs: object) -> None:
+            super().__init__(name, features_list)
+            tensors, config = load_weights("digits_features")
+            self.net = DigitsClassifier(**config)  # its own copy: torch-fidelity may move it to a GPU
+            self.net.load_state_dict(tensors)
+            self.net.eval().requires_grad_(False)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
+                raise ValueError(f"expected uint8 images [B, 3, 8, 8], got {x.dtype} {tuple(x.shape)}")
+            return (self.net.features(to_unit_range(x)),)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return (NAME,)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return NAME
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+        @staticmethod
+        def get_dummy_input_for_compile() -> Tensor:
+            return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+
+    if NAME not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(NAME, FeatureExtractorDigits)
+    return NAME

@@ -1,0 +1,1 @@
+"""Fused Triton kernels for diffusion and flow networks; usable without fastsample."""
