@@ -1,10 +1,10 @@
 """fastsample: the same diffusion or flow model, sampling in far fewer steps, with the proof.
 
-    import fastsample as fs
+import fastsample as fs
 
-    denoiser = fs.wrap(net, fs.VP.linear(), prediction="eps")      # net(x, t, **conditions) -> tensor
-    sampler = fs.Sampler(denoiser, steps=8)                        # solver="auto"
-    images = sampler(shape=(16, 3, 32, 32), seed=0)
+denoiser = fs.wrap(net, fs.VP.linear(), prediction="eps")      # net(x, t, **conditions) -> tensor
+sampler = fs.Sampler(denoiser, steps=8)                        # solver="auto"
+images = sampler(shape=(16, 3, 32, 32), seed=0)
 """
 
 from __future__ import annotations

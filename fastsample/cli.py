@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     overrides = _checked(command, rest)
     task = _task(command, f"fastsample {shlex.join([command, *rest])}")
     sys.argv = [f"fastsample {command}", *overrides]
-    hydra.main(version_base="1.3", config_path=None, config_name=command)(task)()
+    # a package of its own: any folder of `fastsample` (solvers, ...) would be taken for a config group
+    hydra.main(version_base="1.3", config_path="pkg://fastsample.conf", config_name=command)(task)()
 
 
 def _task(command: str, line: str) -> Callable[[DictConfig], None]:
@@ -91,14 +92,15 @@ def _task(command: str, line: str) -> Callable[[DictConfig], None]:
         hydra_config = HydraConfig.get()
         if hydra_config.mode == RunMode.MULTIRUN:
             config.out = hydra_config.runtime.output_dir
-        from fastsample.bench.errors import UserError
+        from fastsample.bench.errors import DISK_FULL, UserError
 
         try:
             _RUN[command](config, line)
-        except UserError as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        except (UserError, OSError) as error:
+            disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
+            if os.environ.get("HYDRA_FULL_ERROR") == "1" or not (isinstance(error, UserError) or disk_full):
                 raise
-            _fail(command, str(error))
+            _fail(command, f"out={config.out}: {error}; free some space" if disk_full else str(error))
 
     return task
 
@@ -125,7 +127,7 @@ _RUN: dict[str, Callable[[Any, str], None]] = {"sample": _sample, "bench": _benc
 
 
 _FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
-_FLAGS_WITH_VALUE |= {"--config-dir", "-cd", "--experimental-rerun"}
+_FLAGS_WITH_VALUE |= {"--config-dir", "-cd", "--experimental-rerun", "--info", "-i"}
 
 
 def _checked(command: str, arguments: Sequence[str]) -> list[str]:
@@ -221,3 +223,7 @@ def _literal(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_literal, value))}]"
     return str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -170,7 +170,9 @@ class Denoiser:
         levels = self.process.levels
         if levels is not None and self.time_input == "t" and bool((levels == levels.round()).all()):
             return torch.int64
-        return torch.float64 if state == torch.float64 and self.dtype in (None, torch.float64) else torch.float32
+        return (
+            torch.float64 if state == torch.float64 and self.dtype in (None, torch.float64) else torch.float32
+        )
 
     def bind(self, batch: int, conditions: Mapping[str, Any], device: torch.device) -> Bound:
         """The network with its conditions in place, for a batch of that size."""
@@ -307,7 +309,9 @@ def wrap(
         TypeError, ValueError: an argument that cannot be used; the message names it.
     """
     if not callable(net):
-        raise TypeError(f"net={net!r} is not callable; give a torch.nn.Module or a function net(x, t, **conditions)")
+        raise TypeError(
+            f"net={net!r} is not callable; give a torch.nn.Module or a function net(x, t, **conditions)"
+        )
     if not isinstance(process, Process):
         raise TypeError(f"process={process!r} must be a noise process such as fs.VP.linear() or fs.Flow()")
     if isinstance(time_input, str) and time_input not in _TIME_INPUTS:

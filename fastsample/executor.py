@@ -7,11 +7,13 @@ without in-place writes, for gradients with respect to the table, the network or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from .denoiser import Bound
@@ -20,8 +22,11 @@ from .hooks import At, Hook
 from .noise import normal
 from .plan import Plan, Row, RowValues, is_copy
 from .prediction import coefficients
+from .process import as_time
 
 NoiseSource = Callable[[int, Tensor], Tensor]
+
+_DENSE = torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -79,79 +84,167 @@ def philox_noise(seed: int, index: Tensor) -> NoiseSource:
 
 # -- what the table needs ------------------------------------------------------------------------------------
 
+_MUL, _ADD, _SUM, _ZERO = range(4)  # dst = c src;  dst += c src;  dst = src + c other;  dst = 0
+_OUT = -1  # the buffer that is the network's newest output
+
+Instruction = tuple[int, int, int, float, int]  # kind, dst, src, c, other
+Value = tuple[str, int]  # ("x", j) a state, ("m", k) a prediction, ("out", 0) the newest output
+
 
 @dataclass(frozen=True)
-class _Op:
-    """One row with its life times resolved.
+class _Line:
+    """A row as arithmetic on buffers.
 
-    ``keeps`` is whether the row's prediction outlives the next row and so needs a buffer of its own;
-    ``dead_states`` and ``dead_predictions`` can be overwritten once the row is done; ``in_place`` is the position
-    of a state that the new one may overwrite.
+    Attributes:
+        code: instructions on whole buffers; first the store of the last row's prediction, where it is kept.
+        noises: (stream, coefficient), added to the state afterwards.
+        state: the buffer of the row's state.
+        hooked: whether hooks act on the row's prediction.
     """
 
-    row: Row
-    copy_of: int | None
-    keeps: bool
-    dead_states: tuple[int, ...]
-    dead_predictions: tuple[int, ...]
-    in_place: int | None
+    code: tuple[Instruction, ...]
+    noises: tuple[tuple[int, float], ...]
+    state: int
+    hooked: bool
 
 
-def _compile(plan: Plan) -> tuple[_Op, ...]:
-    """Life times of states and predictions; cached on the plan."""
-    cached = plan.__dict__.get("_program")
-    if cached is not None:
-        return cached
-    rows, values = plan.rows, plan.values
-    count = len(rows)
-    alias = {0: 0}  # state -> the state whose buffer it is
+@dataclass(frozen=True)
+class _Program:
+    lines: tuple[_Line, ...]
+    buffers: int
+
+
+def _cached(plan: Plan, key: Any, make: Callable[[], Any]) -> Any:
+    cache = plan.__dict__.setdefault("_cache", {})
+    if key not in cache:
+        cache[key] = make()
+    return cache[key]
+
+
+def _program(plan: Plan, owned: bool, hooked: bool) -> _Program:
+    """The plan's arithmetic with every life time resolved (see :func:`_compile`), cached on the plan."""
+    return _cached(plan, ("program", owned, hooked), lambda: _compile(plan, owned, hooked))
+
+
+def _x0_pairs(plan: Plan) -> tuple[tuple[float, float] | None, ...]:
+    """For each row that evaluates, ``(p, q)`` with ``x0 = p x + q out``."""
+
+    def pair(row: Row, v: RowValues) -> tuple[float, float] | None:
+        if not row.evaluates:
+            return None
+        p, q = coefficients(plan.prediction, as_time(v.alpha), as_time(v.sigma), "x0")
+        return float(p), float(q)
+
+    rows = zip(plan.rows, plan.values, strict=True)
+    return _cached(plan, "x0", lambda: tuple(pair(row, v) for row, v in rows))
+
+
+def _compile(plan: Plan, owned: bool, hooked: bool) -> _Program:
+    """Assigns states and predictions to as few buffers as their life times allow.
+
+    A prediction ``m = p x + q out`` that only the next row reads is never written: its row adds ``p`` to the
+    state's coefficient and ``q`` to the output's. One that lives longer is stored as ``m / q`` in one pass, and
+    ``q`` goes into the coefficients that use it. Storing copies: a network may overwrite its output when called
+    again.
+    """
+    rows, values, n = plan.rows, plan.values, len(plan.rows)
+    same = [0]  # state -> the earliest state that it is a copy of
     for r, row in enumerate(rows):
-        alias[r + 1] = alias[row.states[0]] if is_copy(row, values[r]) else r + 1
-    last_state: dict[int, int] = {}
-    last_prediction: dict[int, int] = {}
-    for r, row in enumerate(rows):
-        for j in row.states:
-            last_state[alias[j]] = r
-        if row.evaluates:  # the conversion of the output reads the state until the next row
-            last_state[alias[r + 1]] = max(last_state.get(alias[r + 1], 0), min(r + 1, count - 1))
-        for k in row.predictions:
-            last_prediction[k] = r
-    last_state[alias[count]] = count  # the result
-    program = []
-    for r, row in enumerate(rows):
-        copy_of = alias[row.states[0]] if is_copy(row, values[r]) else None
-        dead = tuple(j for j, last in last_state.items() if last == r and j <= r)
-        reusable = [i for i, j in enumerate(row.states) if alias[j] in dead]
-        program.append(
-            _Op(
-                row,
-                copy_of,
-                keeps=last_prediction.get(r, -1) > r + 1,
-                dead_states=dead,
-                dead_predictions=tuple(k for k, last in last_prediction.items() if last == r and k != r - 1),
-                in_place=reusable[0] if reusable and copy_of is None else None,
-            )
+        same.append(same[row.states[0]] if is_copy(row, values[r]) else r + 1)
+    pairs = [(v.p, v.q) for v in values]
+    acts = [False] * n
+    if hooked:
+        for r, pair in enumerate(_x0_pairs(plan)):
+            # Where x0 does not depend on the output (no noise), there is nothing that a hook could change.
+            if pair is not None and pair[1] != 0:
+                acts[r] = True
+                p, q = pairs[r]
+                # m as a function of the state and the changed clean prediction
+                pairs[r] = (p - q * pair[0] / pair[1], q / pair[1])
+    kept = {k for r, row in enumerate(rows) for k in row.predictions if r > k + 1}
+    scale = {k: q if p and q else 1.0 for k, (p, q) in enumerate(pairs) if k in kept}
+
+    # Each row as a combination of values, and the last row that reads each value.
+    combinations: list[dict[Value, float]] = []
+    last: dict[Value, int] = {}
+    for r, (row, v) in enumerate(zip(rows, values, strict=True)):
+        terms: dict[Value, float] = {}
+        if same[r + 1] == r + 1:
+            for j, c in zip(row.states, v.a, strict=True):
+                terms["x", same[j]] = terms.get(("x", same[j]), 0.0) + c
+            for k, c in zip(row.predictions, v.b, strict=True):
+                if k in kept:
+                    terms["m", k] = c * scale[k]
+                    continue
+                p, q = pairs[k]
+                if p:
+                    terms["x", same[r]] = terms.get(("x", same[r]), 0.0) + c * p
+                terms["out", 0] = c * q
+        combinations.append(terms)
+        stored = [("x", same[r])] if r - 1 in kept else []
+        for value in (*terms, *stored, ("x", same[r + 1])):
+            last[value] = r
+    last["x", same[n]] = n  # the result
+
+    place: dict[Value, int] = {("x", 0): 0, ("out", 0): _OUT}
+    free: list[int] = []
+    buffers = 1
+
+    def allocate() -> int:
+        nonlocal buffers
+        if free:
+            return free.pop()
+        buffers += 1
+        return buffers - 1
+
+    lines = []
+    for r, (row, v) in enumerate(zip(rows, values, strict=True)):
+        code: list[Instruction] = []
+        if r - 1 in kept:
+            p, q = pairs[r - 1]
+            target, state = allocate(), place["x", same[r]]
+            place["m", r - 1] = target
+            if p and q:
+                code.append((_SUM, target, _OUT, p / q, state))
+            else:
+                code.append((_MUL, target, *((state, p) if p else (_OUT, q)), 0))
+        if same[r + 1] == r + 1:
+            terms = combinations[r]
+            dying = [u for u in terms if last[u] == r and place[u] != _OUT and (owned or place[u] != 0)]
+            target = place[dying[0]] if dying else allocate()
+            code += _combine(target, [(place[u], c) for u, c in terms.items()])
+            for u in [u for u, i in place.items() if i == target]:
+                del place[u]
+            place["x", r + 1] = target
+        lines.append(
+            _Line(tuple(code), tuple(zip(row.noises, v.c, strict=True)), place["x", same[r + 1]], acts[r])
         )
-    plan.__dict__["_program"] = tuple(program)
-    return plan.__dict__["_program"]
+        for u in [u for u in place if u != ("out", 0) and last.get(u, -1) <= r]:
+            slot = place.pop(u)
+            if owned or slot != 0:
+                free.append(slot)
+    return _Program(tuple(lines), buffers)
+
+
+def _combine(target: int, terms: list[tuple[int, float]]) -> list[Instruction]:
+    """Instructions for ``target = sum c src``, where ``target`` may be one of the sources."""
+    if not terms:
+        return [(_ZERO, target, target, 0.0, 0)]
+    terms = sorted(terms, key=lambda term: (term[0] != target, term[0] == _OUT, term[1] != 1.0))
+    (first, c), *rest = terms
+    if first == target:
+        code = [(_MUL, target, target, c, 0)] if c != 1.0 else []
+    elif c == 1.0 and rest:
+        (second, c), *rest = rest
+        code = [(_SUM, target, first, c, second)]
+    else:
+        code = [(_MUL, target, first, c, 0)]
+    return code + [(_ADD, target, src, c, 0) for src, c in rest]
 
 
 def buffers_needed(plan: Plan) -> int:
-    """State-sized buffers alive at once, besides the network's own output and working memory."""
-    alive, peak = {0}, 1
-    predictions: set[int] = set()
-    for r, op in enumerate(_compile(plan)):
-        if op.copy_of is None and op.in_place is None:
-            alive.add(r + 1)
-        elif op.in_place is not None:
-            alive.add(r + 1)
-            alive.discard(next(j for j in op.dead_states))
-        if op.keeps:
-            predictions.add(r)
-        peak = max(peak, len(alive) + len(predictions) + bool(op.row.noises))
-        alive -= set(op.dead_states)
-        predictions -= set(op.dead_predictions)
-    return peak
+    """State-sized buffers alive at once, the input's included, besides the network's output and working memory."""
+    return _program(plan, True, False).buffers + plan.stochastic
 
 
 def _times(plan: Plan, run: Run, x: Tensor, column: str) -> list[Tensor]:
@@ -164,25 +257,18 @@ def _times(plan: Plan, run: Run, x: Tensor, column: str) -> list[Tensor]:
         told = torch.zeros_like(known)
         if bool(wanted.any()):
             told[wanted] = denoiser.told(known[wanted])
-        known = told
-        dtype = denoiser.time_dtype(x.dtype)
+        known, dtype = told, denoiser.time_dtype(x.dtype)
     else:
-        dtype = torch.float32 if x.dtype != torch.float64 else torch.float64
-    if not dtype.is_floating_point:
-        known = known.round()
+        dtype = x.dtype
     return [t.expand(x.shape[0]) for t in known.to(x.device, dtype).unbind()]
-
-
-def _x0_pair(plan: Plan, v: RowValues) -> tuple[float, float]:
-    alpha, sigma = (torch.tensor(c, dtype=torch.float64) for c in (v.alpha, v.sigma))
-    p, q = coefficients(plan.prediction, alpha, sigma, "x0")
-    return float(p), float(q)
 
 
 # -- running -------------------------------------------------------------------------------------------------
 
 
-def execute(plan: Plan, x: Tensor, run: Run, *, owned: bool = False, trajectory: list[Tensor] | None = None) -> Tensor:
+def execute(
+    plan: Plan, x: Tensor, run: Run, *, owned: bool = False, trajectory: list[Tensor] | None = None
+) -> Tensor:
     """Run a plan.
 
     Args:
@@ -195,101 +281,51 @@ def execute(plan: Plan, x: Tensor, run: Run, *, owned: bool = False, trajectory:
     Returns:
         The last row's state, (B, ...).
     """
-    values = plan.values
+    program = _program(plan, owned, bool(run.hooks))
     times = _times(plan, run, x, "t_in")
-    sizes = _times(plan, run, x, "step") if any(row.sized for row in plan.rows) else None
-    states: dict[int, Tensor] = {0: x}
-    alias = {0: 0}
-    kept: dict[int, tuple[Tensor, float]] = {}  # prediction k = buffer * scale
-    pending: tuple[Tensor, float, float] | None = None  # the last row's m = p x + q out, not written out
-    free: list[Tensor] = []
-    scratch: Tensor | None = None
-    nfe = 0
-
-    def buffer() -> Tensor:
-        return free.pop() if free else torch.empty_like(x, memory_format=torch.contiguous_format)
-
-    for r, op in enumerate(_compile(plan)):
-        row, v = op.row, values[r]
-        if op.copy_of is not None:
-            alias[r + 1] = op.copy_of
-        else:
-            terms = {alias[j]: c for j, c in zip(row.states, v.a, strict=True)}
-            outputs: list[tuple[Tensor, float]] = []
-            for k, b in zip(row.predictions, v.b, strict=True):
-                if k in kept:
-                    outputs.append((kept[k][0], b * kept[k][1]))
-                else:
-                    assert pending is not None and k == r - 1
-                    out, p, q = pending
-                    if p:
-                        terms[alias[r]] = terms.get(alias[r], 0.0) + b * p
-                    outputs.append((out, b * q))
-            home = alias[row.states[op.in_place]] if op.in_place is not None else None
-            if home is not None and home == 0 and not owned:
-                home = None
-            if home is not None:
-                target = states[home]
-                torch.mul(target, terms.pop(home), out=target)
+    sizes = _times(plan, run, x, "step") if any(row.sized for row in plan.rows) else times
+    pairs = _x0_pairs(plan) if run.hooks or run.callback else ()
+    # The last entry is the newest output.
+    buffers = [x, *(torch.empty_like(x, memory_format=_DENSE) for _ in range(program.buffers - 1)), x]
+    own = {tensor.untyped_storage().data_ptr() for tensor in buffers}
+    state, nfe = x, 0
+    for r, (row, v, line) in enumerate(zip(plan.rows, plan.values, program.lines, strict=True)):
+        for kind, dst, src, c, other in line.code:
+            if kind == _ADD:
+                buffers[dst].add_(buffers[src], alpha=c)
+            elif kind == _MUL:
+                torch.mul(buffers[src], c, out=buffers[dst])
+            elif kind == _SUM:
+                torch.add(buffers[src], buffers[other], alpha=c, out=buffers[dst])
             else:
-                target = buffer()
-                if terms:
-                    j = next(iter(terms))
-                    torch.mul(states[j], terms.pop(j), out=target)
-                else:
-                    target.zero_()
-            for j, c in terms.items():
-                target.add_(states[j], alpha=c)
-            for m, c in outputs:
-                target.add_(m, alpha=c)
-            for s, c in zip(row.noises, v.c, strict=True):
-                scratch = run.noise(s, x)
-                target.add_(scratch, alpha=c)
-            states[r + 1] = target
-            alias[r + 1] = r + 1
-        pending = None
-        for j in op.dead_states:
-            held = states.pop(j)
-            if held is not states.get(r + 1) and (owned or j != 0):
-                free.append(held)
-        for k in op.dead_predictions:
-            free.append(kept.pop(k)[0])
-        state = states[alias[r + 1]]
+                buffers[dst].zero_()
+        state = buffers[line.state]
+        for stream, c in line.noises:
+            state.add_(run.noise(stream, x), alpha=c)
         if trajectory is not None:
             trajectory.append(state.clone())
         if not row.evaluates:
             continue
-        size = sizes[r] if sizes is not None and row.sized else None
-        out = run.network(state, times[r], v.sigma / v.alpha if v.alpha else float("inf"), size)
+        rho = v.sigma / v.alpha if v.alpha else math.inf
+        out = run.network(state, times[r], rho, sizes[r] if row.sized else None)
         nfe += 1
-        p, q = v.p, v.q
+        if out.dtype != x.dtype:
+            out = out.to(x.dtype)
+        if not out.is_contiguous() and not out[0].is_contiguous():
+            out = out.contiguous()
         if run.hooks or run.callback:
-            px, qx = _x0_pair(plan, v)
-            x0 = out.to(state.dtype) * qx + px * state
-            if run.hooks:
+            p, q = pairs[r]
+            x0 = torch.mul(out, q).add_(state, alpha=p)
+            if line.hooked:
                 at = At(r, v.t, v.alpha, v.sigma, state, run.samples)
                 for hook in run.hooks:
                     x0 = hook(x0, at)
-                # m as a function of the state and the (changed) clean prediction
-                out, p, q = x0, p - q * px / qx, q / qx
+                out = x0
             if run.callback:
                 run.callback(Step(r, nfe, v.t, v.alpha, v.sigma, state, x0, run.samples))
-        if op.keeps:
-            # One pass: m / q = out + (p / q) x; the scale q goes into the coefficients that use it. A copy is
-            # needed even for p = 0: the network may overwrite its output at the next call.
-            m = buffer()
-            if not q:
-                torch.mul(state, p, out=m)
-                kept[r] = (m, 1.0)
-            elif p:
-                torch.add(out, state, alpha=p / q, out=m)
-                kept[r] = (m, q)
-            else:
-                m.copy_(out)
-                kept[r] = (m, q)
-        else:
-            pending = (out, p, q)
-    return states[alias[len(plan.rows)]]
+        # A network may return its input, or something that shares its memory.
+        buffers[_OUT] = out.clone() if out.untyped_storage().data_ptr() in own else out
+    return state.clone() if state is x and not owned else state
 
 
 def execute_differentiable(
@@ -305,37 +341,44 @@ def execute_differentiable(
         checkpoint: recompute each evaluation in the backward pass instead of storing its activations.
     """
     denoiser = run.network.denoiser
+    dtype = denoiser.time_dtype(x.dtype)
+
+    def told(t: Tensor) -> Tensor:
+        return t.to(x.device, dtype).expand(x.shape[0])
+
+    def near(c: Tensor) -> Tensor:
+        return c.to(x.device, x.dtype)
+
     states: list[Tensor] = [x]
     predictions: dict[int, Tensor] = {}
     nfe = 0
     for r, (row, v, known) in enumerate(zip(plan.rows, plan.tensors(), plan.values, strict=True)):
-        terms: list[tuple[Any, Tensor]] = [(c, states[j]) for j, c in zip(row.states, v.a, strict=True)]
-        terms += [(c, predictions[k]) for k, c in zip(row.predictions, v.b, strict=True)]
-        terms += [(c, run.noise(s, x)) for s, c in zip(row.noises, v.c, strict=True)]
         state = torch.zeros_like(x)
-        for c, tensor in terms:
-            state = state + c.to(x.device, x.dtype) * tensor
+        for c, j in zip(v.a, row.states, strict=True):
+            state = state + near(c) * states[j]
+        for c, k in zip(v.b, row.predictions, strict=True):
+            state = state + near(c) * predictions[k]
+        for c, s in zip(v.c, row.noises, strict=True):
+            state = state + near(c) * run.noise(s, x)
         states.append(state)
         if trajectory is not None:
             trajectory.append(state)
         if not row.evaluates:
             continue
-        dtype = denoiser.time_dtype(x.dtype)
-        told = denoiser.told(v.t_in)
-        told = (told if dtype.is_floating_point else told.round()).to(x.device, dtype).expand(x.shape[0])
-        size = v.step.to(x.device, x.dtype).expand(x.shape[0]) if row.sized else None
-        rho = known.sigma / known.alpha if known.alpha else float("inf")
+        size = near(v.step).expand(x.shape[0]) if row.sized else None
+        rho = known.sigma / known.alpha if known.alpha else math.inf
+        arguments = (state, told(denoiser.told(v.t_in)), rho, size)
         if checkpoint:
-            out = torch.utils.checkpoint.checkpoint(run.network, state, told, rho, size, use_reentrant=False)
+            out = torch.utils.checkpoint.checkpoint(run.network, *arguments, use_reentrant=False)
         else:
-            out = run.network(state, told, rho, size)
+            out = run.network(*arguments)
         nfe += 1
         out = out.to(x.dtype)
-        p, q = (c.to(x.device, x.dtype) for c in (v.p, v.q))
+        p, q = near(v.p), near(v.q)
         if run.hooks or run.callback:
-            px, qx = (c.to(x.device, x.dtype) for c in coefficients(plan.prediction, v.alpha, v.sigma, "x0"))
+            px, qx = map(near, coefficients(plan.prediction, v.alpha, v.sigma, "x0"))
             x0 = px * state + qx * out
-            if run.hooks:
+            if run.hooks and float(qx):
                 at = At(r, known.t, known.alpha, known.sigma, state, run.samples)
                 for hook in run.hooks:
                     x0 = hook(x0, at)
@@ -354,31 +397,31 @@ def locate_nonfinite(plan: Plan, x: Tensor, run: Run) -> NonFiniteError:
     """
     if not bool(torch.isfinite(x).all()):
         return NonFiniteError("the input state is not finite; check noise= or x=")
+    evaluating = [r for r, row in enumerate(plan.rows) if row.evaluates]
     found: list[str] = []
-    network = run.network
+    calls = 0
 
     class Watched(Bound):
         def __init__(self) -> None:
-            self.__dict__.update(network.__dict__)
+            self.__dict__.update(run.network.__dict__)
 
         def __call__(self, state: Tensor, t: Tensor, rho: float, step: Tensor | None = None) -> Tensor:
+            nonlocal calls
+            calls += 1
             out = super().__call__(state, t, rho, step)
-            if not found:
-                for name, value in (("the state", state), ("the network's output", out)):
-                    bad = ~torch.isfinite(value).flatten(1).all(dim=1)
-                    if bool(bad.any()):
-                        which = (bad.nonzero().flatten() + (run.samples.start or 0)).tolist()
-                        r = [i for i, row in enumerate(plan.rows) if row.evaluates][counted[0]]
-                        found.append(
-                            f"{name} is not finite at row {r} (t={plan.values[r].t:g}, evaluation {counted[0] + 1} of "
-                            f"{plan.nfe}) for samples {which[:8]}{'...' if len(which) > 8 else ''}"
-                        )
-                        break
-            counted[0] += 1
+            for name, value in (("the state", state), ("the network's output", out)):
+                bad = ~torch.isfinite(value).flatten(1).all(dim=1)
+                if not found and bool(bad.any()):
+                    which = (bad.nonzero().flatten() + (run.samples.start or 0)).tolist()
+                    r = evaluating[calls - 1]
+                    found.append(
+                        f"{name} is not finite at row {r} (t={plan.values[r].t:g}, evaluation {calls} of "
+                        f"{plan.nfe}) for samples {which[:8]}{'...' if len(which) > 8 else ''}"
+                    )
             return out
 
-    counted = [0]
-    replay = Run(Watched(), run.noise, run.hooks, None, run.samples)
-    execute(plan, x, replay)
+    execute(plan, x, Run(Watched(), run.noise, run.hooks, None, run.samples))
     what = found[0] if found else "the last update overflowed"
-    return NonFiniteError(f"sampling with {plan!r} failed: {what}; try the network in float32 or another grid")
+    return NonFiniteError(
+        f"sampling with {plan!r} failed: {what}; try the network in float32 or another grid"
+    )

@@ -95,7 +95,9 @@ def check(times: TimeLike, process: Process) -> Tensor:
     """
     grid = as_time(times)
     if grid.ndim != 1 or grid.numel() < 2:
-        raise ValueError(f"grid has shape {tuple(grid.shape)}; give at least two times in a one-dimensional array")
+        raise ValueError(
+            f"grid has shape {tuple(grid.shape)}; give at least two times in a one-dimensional array"
+        )
     if not bool(torch.isfinite(grid).all()):
         raise ValueError(f"grid has entries that are not finite: {grid.tolist()}")
     if process.levels is not None:
@@ -104,13 +106,17 @@ def check(times: TimeLike, process: Process) -> Tensor:
         keep = torch.cat([torch.ones(1, dtype=torch.bool), snapped[1:] != snapped[:-1]])
         grid = snapped[keep]
         if grid.numel() < 2:
-            raise ValueError("after snapping to the network's times the grid is a single point; use other times")
+            raise ValueError(
+                "after snapping to the network's times the grid is a single point; use other times"
+            )
     lam = process.lam(grid.detach())
     if bool(torch.isnan(lam).any()):
         raise ValueError(f"grid reaches times where the process is undefined: {grid.tolist()}")
     rising, falling = lam[1:] > lam[:-1], lam[1:] < lam[:-1]
     if not (bool(rising.all()) or bool(falling.all())):
-        wrong = (~rising if int(rising.sum()) >= int(falling.sum()) else ~falling).nonzero().flatten().tolist()[0]
+        wrong = (
+            (~rising if int(rising.sum()) >= int(falling.sum()) else ~falling).nonzero().flatten().tolist()[0]
+        )
         raise ValueError(
             f"grid must be strictly monotone in noise; entries {wrong} and {wrong + 1} are "
             f"{float(grid[wrong]):g} and {float(grid[wrong + 1]):g}"
@@ -232,7 +238,9 @@ def sigmoid(process: Process, steps: int, start: float, end: str, sharpness: flo
 
 def _indices(process: Process, name: str) -> int:
     if process.t_zero != -1.0:
-        raise ValueError(f"grid={name!r} is for discrete processes with indices 0..N-1, not {process!r}; use 'uniform'")
+        raise ValueError(
+            f"grid={name!r} is for discrete processes with indices 0..N-1, not {process!r}; use 'uniform'"
+        )
     return int(process.t_start) + 1
 
 

@@ -13,9 +13,8 @@ network there:
 from __future__ import annotations
 
 import json
-import math
 import os
-import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,12 +84,14 @@ class Plan:
 
     Attributes:
         rows: the structure of each row.
-        numbers: float64 (n,), all coefficients; may require grad while a solver is tuned.
+        numbers: float64 (n,), all coefficients (a copy; changing it does not change the plan). They may carry a
+            gradient while a solver is tuned: make a plan of them by :meth:`replace` in each iteration.
         t0: the time of the input state ``x_0``.
         solver, options: what wrote the table.
         prediction: the network's prediction type that ``p`` and ``q`` were written for.
         process, fingerprint: the noise process, in words and as a hash.
         steps: number of grid intervals.
+        grid: the times that the solver was given; empty where there was no grid.
         notes: sentences that say what was chosen and why (``auto``), printed with the plan.
     """
 
@@ -105,16 +106,18 @@ class Plan:
         fingerprint: str,
         steps: int,
         t0: float,
+        grid: Sequence[float] = (),
         options: dict[str, Any] | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         self.rows = tuple(rows)
-        self.numbers = numbers if numbers.requires_grad else numbers.detach().clone()
+        self._numbers = numbers.clone() if numbers.requires_grad else numbers.detach().clone()
         self.solver = solver
-        self.options: dict[str, Any] = json.loads(json.dumps(options or {}))  # as JSON gives it back
+        self._options = json.dumps(options or {})
         self.prediction = canonical(prediction)
         self.process, self.fingerprint = process, fingerprint
         self.steps, self.t0, self.notes = int(steps), float(t0), tuple(notes)
+        self.grid = tuple(map(float, grid))
         self._check()
         self._frozen = True
 
@@ -123,7 +126,19 @@ class Plan:
             raise AttributeError(f"a Plan is immutable; make another one to change {name!r} (plan.replace)")
         super().__setattr__(name, value)
 
+    @property
+    def numbers(self) -> Tensor:
+        """All coefficients, float64 (n,)."""
+        return self._numbers.clone()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that the solver was given, as JSON keeps them."""
+        return json.loads(self._options)
+
     def _check(self) -> None:
+        if not self.rows:
+            raise ValueError(f"solver {self.solver!r} wrote no row; a plan has at least one")
         expected = 0
         for r, row in enumerate(self.rows):
             if row.offset != expected:
@@ -136,19 +151,19 @@ class Plan:
                     raise ValueError(f"row {r} reads prediction {k}, which no earlier row makes")
             if row.evaluates and row.space not in SPACES:
                 raise ValueError(f"row {r}: space={row.space!r}, must be one of {', '.join(SPACES)}")
-        if self.numbers.dtype != torch.float64 or self.numbers.shape != (expected,):
+        numbers = self._numbers.detach()
+        if numbers.dtype != torch.float64 or numbers.shape != (expected,):
             raise ValueError(
-                f"numbers must be float64 of shape ({expected},), got {self.numbers.dtype} "
-                f"{tuple(self.numbers.shape)}"
+                f"numbers must be float64 of shape ({expected},), got {numbers.dtype} {tuple(numbers.shape)}"
             )
-        bad = (~torch.isfinite(self.numbers.detach())).nonzero().flatten().tolist()
+        bad = (~torch.isfinite(numbers)).nonzero().flatten().tolist()
         if bad:
             r = max(i for i, row in enumerate(self.rows) if row.offset <= bad[0])
-            row = self.rows[r]
-            column = row.columns[bad[0] - row.offset]
-            at = dict(zip(row.columns, self.numbers.tolist()[row.offset :], strict=False))["t"]
+            columns, offset = self.rows[r].columns, self.rows[r].offset
+            t = float(numbers[offset + columns.index("t")])
             raise ValueError(
-                f"solver {self.solver!r}: the coefficient {column!r} of row {r} (t={at:g}) is not finite; "
+                f"solver {self.solver!r}: the coefficient {columns[bad[0] - offset]!r} of row {r} (t={t:g}) is "
+                f"{float(numbers[bad[0]])}; "
                 "two grid points may be too close, or the grid reaches an end that this solver has no limit for"
             )
 
@@ -167,18 +182,21 @@ class Plan:
     @cached_property
     def values(self) -> tuple[RowValues, ...]:
         """Every row's numbers as Python floats."""
-        return self._split(self.numbers.tolist())
+        return self._split(self._numbers.tolist())
 
     def tensors(self) -> tuple[RowValues, ...]:
         """Every row's numbers as 0-dim views of ``numbers`` (for differentiation)."""
-        return self._split(self.numbers.unbind())
+        return self._split(self._numbers.unbind())
 
     def _split(self, flat: Sequence[Any]) -> tuple[RowValues, ...]:
         result = []
         for row in self.rows:
             na, nb, nc = len(row.states), len(row.predictions), len(row.noises)
             n = row.offset
-            a, b, c = (tuple(flat[i:j]) for i, j in ((n, n + na), (n + na, n + na + nb), (n + na + nb, n + na + nb + nc)))
+            a, b, c = (
+                tuple(flat[i:j])
+                for i, j in ((n, n + na), (n + na, n + na + nb), (n + na + nb, n + na + nb + nc))
+            )
             rest = list(flat[n + na + nb + nc : n + len(row.columns)])
             rest += [None] * (len(_TIME) + len(_EVALUATION) + 1 - len(rest))
             result.append(RowValues(a, b, c, *rest))
@@ -192,12 +210,12 @@ class Plan:
     def replace(self, numbers: Tensor | None = None, **metadata: Any) -> Plan:
         """The same structure with other numbers or other metadata."""
         keep = {k: getattr(self, k) for k in _METADATA}
-        return Plan(self.rows, self.numbers if numbers is None else numbers, **(keep | metadata))
+        return Plan(self.rows, self._numbers if numbers is None else numbers, **(keep | metadata))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
             return NotImplemented
-        return self.rows == other.rows and torch.equal(self.numbers, other.numbers) and self._meta == other._meta
+        return self.rows == other.rows and self.values == other.values and self._meta == other._meta
 
     def __hash__(self) -> int:
         return hash((self.rows, self.values))
@@ -265,7 +283,7 @@ class Plan:
         except json.JSONDecodeError as e:
             raise ValueError(f"not a plan: invalid JSON ({e})") from e
         if not isinstance(data, dict) or data.get("format") != "fastsample.plan":
-            raise ValueError("not a plan: the JSON has no \"format\": \"fastsample.plan\"")
+            raise ValueError('not a plan: the JSON has no "format": "fastsample.plan"')
         if data.get("schema") != SCHEMA:
             raise ValueError(
                 f"plan schema {data.get('schema')!r} is not understood (this version reads {SCHEMA}); "
@@ -289,10 +307,13 @@ class Plan:
                 if net:
                     numbers += [float(net[k]) for k in (*_EVALUATION, *(("step",) if row.sized else ()))]
                 rows.append(row)
-            meta = {k: data[k] for k in _METADATA}
-        except (KeyError, TypeError, AttributeError) as e:
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
             raise ValueError(f"damaged plan: {e!r} in row {len(rows)}") from e
-        return cls(rows, torch.tensor(numbers, dtype=torch.float64), **meta)
+        try:
+            meta = {k: data[k] for k in _METADATA}
+            return cls(rows, torch.tensor(numbers, dtype=torch.float64), **meta)
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            raise ValueError(f"damaged plan: {e!r}") from e
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON atomically: the file is either the old one or the whole new one."""
@@ -307,25 +328,26 @@ class Plan:
             raise ValueError(f"{os.fspath(path)}: {e}") from e
 
 
-_METADATA = ("solver", "options", "prediction", "process", "fingerprint", "steps", "t0", "notes")
+_METADATA = ("solver", "options", "prediction", "process", "fingerprint", "steps", "t0", "grid", "notes")
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write to a temporary file beside ``path``, flush it to disk, then rename it into place."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    # not mkstemp: the file shall have the permissions that any new file has
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as f:
+        with temporary.open("xb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def is_copy(row: Row, values: RowValues) -> bool:
     """Whether the row only names an existing state (evaluations of the input, for instance)."""
-    return len(row.states) == 1 and not row.predictions and not row.noises and math.isclose(values.a[0], 1.0, abs_tol=0)
+    return len(row.states) == 1 and not row.predictions and not row.noises and values.a[0] == 1.0

@@ -58,7 +58,13 @@ _PREDICTIONS: dict[str, Callable[[Tensor, Tensor], Coefficients]] = {
     "flow": _flow,
     "score": _score,
 }
-_ALIASES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow", "velocity": "flow"}
+_ALIASES = {
+    "epsilon": "eps",
+    "sample": "x0",
+    "v_prediction": "v",
+    "flow_prediction": "flow",
+    "velocity": "flow",
+}
 
 # A solver's own quantity m as m = c_x0 * x_0 + c_eps * eps.
 SPACES = ("x0", "eps", "v", "flow")

@@ -8,6 +8,7 @@ VE and EDM, [0, 1] for flows, the angle for TrigFlow.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from abc import ABC, abstractmethod
@@ -39,9 +40,9 @@ def _within(t: TimeLike, low: float, high: float, what: str) -> Tensor:
     """
     time = as_time(t)
     slack = 1e-6 * (high - low if high < math.inf else 1.0)
-    outside = (time < low - slack) | (time > high + slack)
-    if bool(outside.any()):
-        first = float(time.reshape(-1)[outside.reshape(-1).nonzero()[0, 0]])
+    inside = (time >= low - slack) & (time <= high + slack)  # false for NaN
+    if not bool(inside.all()):
+        first = float(time.reshape(-1)[(~inside).reshape(-1).nonzero()[0, 0]])
         raise ValueError(f"t={first!r} lies outside the times of {what}: [{low:g}, {high:g}]")
     return time.clamp(low, high)
 
@@ -66,12 +67,8 @@ class Process(ABC):
     # -- the two functions and their inverse -----------------------------------------------------------------
 
     @abstractmethod
-    def log_alpha(self, t: TimeLike) -> Tensor:
-        """``log alpha(t)``, float64; ``-inf`` where the signal is gone."""
-
-    @abstractmethod
-    def log_sigma(self, t: TimeLike) -> Tensor:
-        """``log sigma(t)``, float64; ``-inf`` where the noise is gone."""
+    def _at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``alpha(t), sigma(t), lam(t)`` for float64 times; gradients stay finite where these do."""
 
     @abstractmethod
     def t_of_lam(self, lam: TimeLike) -> Tensor:
@@ -83,43 +80,39 @@ class Process(ABC):
 
     def alpha(self, t: TimeLike) -> Tensor:
         """The signal's coefficient ``alpha(t)``, float64."""
-        return self._at("alpha", t)
+        return self._look_up(t)[0]
 
     def sigma(self, t: TimeLike) -> Tensor:
         """The noise's coefficient ``sigma(t)``, float64."""
-        return self._at("sigma", t)
+        return self._look_up(t)[1]
 
     def lam(self, t: TimeLike) -> Tensor:
         """The half log-SNR ``log(alpha / sigma)``, float64; infinite at the ends of some processes."""
-        return self._at("lam", t)
+        return self._look_up(t)[2]
 
-    def _at(self, what: str, t: TimeLike) -> Tensor:
+    def _look_up(self, t: TimeLike) -> tuple[Tensor, Tensor, Tensor]:
         time = as_time(t)
         if time.ndim or time.requires_grad:
-            return self._compute(what, time)
-        # Solvers ask for the same few times again and again; a lookup is 50 times cheaper than the formula.
+            return self._at(time)
+        # Solvers ask for the same few times again and again; a look-up is 50 times cheaper than the formula.
         memo = self.__dict__.setdefault("_memo", {})
-        key = (what, float(time))
-        if key not in memo:
+        key = float(time)
+        found = memo.get(key)
+        if found is None:
             if len(memo) > _MEMO:
                 memo.clear()
-            memo[key] = self._compute(what, time)
-        return memo[key]
-
-    def _compute(self, what: str, t: Tensor) -> Tensor:
-        if what == "alpha":
-            return self.log_alpha(t).exp()
-        if what == "sigma":
-            return self.log_sigma(t).exp()
-        return self.log_alpha(t) - self.log_sigma(t)
+            found = memo[key] = self._at(time)
+        return found
 
     def rho(self, t: TimeLike) -> Tensor:
         """The noise-to-signal ratio ``sigma / alpha = exp(-lam)`` (the sigma of EDM), float64."""
-        return (-self.lam(t)).exp()
+        alpha, sigma, _ = self._look_up(t)
+        return sigma / alpha
 
     def phi(self, t: TimeLike) -> Tensor:
-        """The angle ``atan2(sigma, alpha)`` in [0, pi/2] (the time of TrigFlow), float64: finite at both ends."""
-        return torch.atan2(self.sigma(t), self.alpha(t))
+        """The angle ``atan2(sigma, alpha)`` in [0, pi/2] (TrigFlow's time), float64: finite at both ends."""
+        alpha, sigma, _ = self._look_up(t)
+        return torch.atan2(sigma, alpha)
 
     def t_of_rho(self, rho: TimeLike) -> Tensor:
         """The time at which ``sigma / alpha`` is ``rho``."""
@@ -140,14 +133,18 @@ class Process(ABC):
     def quantized(self, levels: TimeLike) -> Process:
         """The same process for a network that knows only the times in ``levels``.
 
-        Grids and intermediate stages are snapped to the nearest level *before* any coefficient is computed, so
-        that the solver's sigma and the network's time always agree.
+        Grids and intermediate stages are snapped to the nearest level *before* any coefficient is computed,
+        so that the solver's sigma and the network's time always agree.
+
+        Raises:
+            ValueError: no level, or one outside the times of the process.
         """
-        other = _copy(self)
-        snapped = torch.unique(as_time(levels).flatten())
-        if snapped.numel() == 0 or not bool(torch.isfinite(snapped).all()):
-            raise ValueError(f"levels={levels!r} must be a non-empty list of finite times")
-        other._levels = snapped
+        known = torch.unique(as_time(levels).flatten())
+        if known.numel() == 0:
+            raise ValueError("levels is empty; give the times that the network knows")
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._levels = _within(known, *sorted((self.t_zero, self.t_start)), f"{self!r}, as levels")
         return other
 
     @property
@@ -156,12 +153,23 @@ class Process(ABC):
         return self._levels
 
     def snap(self, t: TimeLike) -> Tensor:
-        """``t`` moved to the nearest time the network knows; ``t_zero`` and continuous time stay as they are."""
+        """``t`` moved to the nearest time the network knows; ``t_zero`` and continuous time stay."""
         time = as_time(t)
         if self._levels is None:
             return time
-        nearest = self._levels[(time.reshape(-1, 1) - self._levels).abs().argmin(dim=1)].reshape(time.shape)
-        return torch.where(time == self.t_zero, time, nearest)
+        return torch.where(time == self.t_zero, time, self._nearest(time))
+
+    def _nearest(self, time: Tensor) -> Tensor:
+        levels = self._levels
+        assert levels is not None
+        above = torch.searchsorted(levels, time.detach().contiguous()).clamp(max=levels.numel() - 1)
+        below = (above - 1).clamp(min=0)
+        return torch.where(time - levels[below] <= levels[above] - time, levels[below], levels[above])
+
+    def network_time(self, t: TimeLike) -> Tensor:
+        """What a network is told for a state at ``t``: within the trained range, and a time it knows."""
+        time = as_time(t).clamp(*sorted((self.t_end, self.t_start)))
+        return time if self._levels is None else self._nearest(time)
 
     def stage(self, lam: TimeLike) -> Tensor:
         """The time of an intermediate stage wanted at ``lam``: snapped where the network needs it."""
@@ -169,7 +177,7 @@ class Process(ABC):
 
     # -- identity --------------------------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A short hash of the functions themselves, equal for equal processes however they were made."""
         u = torch.linspace(0.0, 1.0, 65, dtype=torch.float64)
@@ -182,30 +190,27 @@ class Process(ABC):
     def __repr__(self) -> str:
         parts = self.describe()
         kind = parts.pop("kind")
-        numbers = ", ".join(f"{k}={v}" for k, v in parts.items() if not isinstance(v, list))
-        return f"{kind}({numbers})"
+        shown = [f"{k}=<{len(v)} numbers>" if isinstance(v, list) else f"{k}={v}" for k, v in parts.items()]
+        if self._levels is not None:
+            shown.append(f"quantized to {self._levels.numel()} times")
+        return f"{kind}({', '.join(shown)})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Process):
             return NotImplemented
-        return self.describe() == other.describe()
+        mine, theirs = (None if p.levels is None else p.levels.tolist() for p in (self, other))
+        return self.describe() == other.describe() and mine == theirs
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
-
-
-def _copy(process: Process) -> Process:
-    other = object.__new__(type(process))
-    other.__dict__.update(process.__dict__)
-    return other
 
 
 class VP(Process):
     """Variance-preserving process with ``alpha^2 + sigma^2 = 1``, from a table of ``N`` training steps.
 
     ``t`` is the training index, 0 (least noise) to N-1, fractional allowed: ``log alpha`` is linear between
-    integers, as in the official DPM-Solver, and reaches 0 at ``t = -1`` (before the first noising step). In an
-    interval whose noisier end has ``alpha = 0`` (zero terminal SNR), ``alpha`` itself is linear.
+    integers, as in the official DPM-Solver, and reaches 0 at ``t = -1`` (before the first noising step).
+    In an interval whose noisier end has ``alpha = 0`` (zero terminal SNR), ``alpha`` itself is linear.
     """
 
     def __init__(self, alphas_cumprod: TimeLike, _made: dict[str, Any] | None = None) -> None:
@@ -246,7 +251,9 @@ class VP(Process):
         """From the forward variances ``beta_t``, shape (N,), in (0, 1] (Ho et al. 2020, eq. 2)."""
         table = as_time(betas)
         if bool((table <= 0).any()) or bool((table > 1).any()):
-            raise ValueError(f"betas must lie in (0, 1], got {float(table.min())!r} to {float(table.max())!r}")
+            raise ValueError(
+                f"betas must lie in (0, 1], got {float(table.min())!r} to {float(table.max())!r}"
+            )
         return cls(torch.cumprod(1 - table, dim=0))
 
     @classmethod
@@ -269,7 +276,7 @@ class VP(Process):
     def scaled_linear(
         cls, beta_start: float = 0.00085, beta_end: float = 0.012, num_train_steps: int = TRAINED_STEPS
     ) -> VP:
-        """Latent diffusion's schedule: square roots of the betas linear in the index (Rombach et al. 2022)."""
+        """Latent diffusion's schedule: roots of the betas linear in the index (Rombach et al. 2022)."""
         betas = torch.from_numpy(np.linspace(beta_start**0.5, beta_end**0.5, num_train_steps) ** 2)
         return cls._named(
             "scaled_linear", betas, beta_start=beta_start, beta_end=beta_end, num_train_steps=num_train_steps
@@ -300,32 +307,40 @@ class VP(Process):
         left = (t.detach() + 1).floor().long().clamp_(0, self._log_alpha.numel() - 2)
         return self._log_alpha[left], self._log_alpha[left + 1], t + 1 - left
 
-    def log_alpha(self, t: TimeLike) -> Tensor:
-        low, high, w = self._interval(as_time(t))
+    def _at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, high, w = self._interval(t)
         fading = torch.isinf(high)
         straight = low + w * (torch.where(fading, low, high) - low)
-        return torch.where(fading, low + torch.log1p(-torch.where(fading, w, torch.zeros_like(w))), straight)
-
-    def log_sigma(self, t: TimeLike) -> Tensor:
-        return 0.5 * torch.log(-torch.expm1(2 * self.log_alpha(t)))
+        alpha, log_alpha, square = straight.exp(), straight, -torch.expm1(2 * straight)
+        if bool(fading.any()):
+            linear = low.exp() * (1 - w)
+            alpha = torch.where(fading, linear, alpha)
+            log_alpha = torch.where(fading, torch.where(fading, linear, 1.0).log(), straight)
+            square = torch.where(fading, 1 - linear**2, square)
+        # sqrt has no derivative at zero, where grids end: that end is a constant, and its gradient zero.
+        clean = square == 0
+        sigma = torch.where(clean, 0.0, torch.where(clean, 1.0, square).sqrt())
+        return alpha, sigma, log_alpha - 0.5 * square.log()
 
     def t_of_lam(self, lam: TimeLike) -> Tensor:
         value = as_time(lam)
         noisiest = self._lam_knots[-1]
         if bool((value < noisiest - 1e-9 * (1 + noisiest.abs())).any()):
             raise ValueError(
-                f"lam={float(value.min())!r} is noisier than this process, which starts at {float(noisiest)!r}"
+                f"lam={float(value.min())!r} is noisier than {self!r}, which starts at {float(noisiest)!r}"
             )
         value = value.clamp(min=noisiest)
         # log alpha = -softplus(-2 lam) / 2, stable at both ends
-        log_alpha = -0.5 * torch.nn.functional.softplus(-2 * value)
+        log_alpha = -0.5 * torch.nn.functional.softplus(-2 * value, threshold=40.0)
         knots = self._log_alpha
         left = torch.searchsorted(-knots, -log_alpha.detach().contiguous(), right=True) - 1
         left = left.clamp(0, knots.numel() - 2)
         low, high = knots[left], knots[left + 1]
         fading = torch.isinf(high)
         w = torch.where(
-            fading, -torch.expm1(log_alpha - low), (log_alpha - low) / (torch.where(fading, low - 1, high) - low)
+            fading,
+            -torch.expm1(log_alpha - low),
+            (log_alpha - low) / (torch.where(fading, low - 1, high) - low),
         )
         return left + w - 1
 
@@ -346,11 +361,9 @@ class _SigmaTime(Process):
             )
         self.t_start, self.t_end, self.t_zero = float(sigma_max), float(sigma_min), 0.0
 
-    def log_alpha(self, t: TimeLike) -> Tensor:
-        return torch.zeros_like(as_time(t))
-
-    def log_sigma(self, t: TimeLike) -> Tensor:
-        return _within(t, 0.0, math.inf, f"{self._kind} (sigma)").log()
+    def _at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sigma = _within(t, 0.0, math.inf, f"{self._kind} (sigma)")
+        return torch.ones_like(sigma), sigma, -sigma.log()
 
     def t_of_lam(self, lam: TimeLike) -> Tensor:
         return (-as_time(lam)).exp()
@@ -378,7 +391,7 @@ class EDM(_SigmaTime):
 
 
 class Flow(Process):
-    """Rectified flow ``x_t = (1 - t) x_0 + t eps``, t from 1 (noise) to 0 (Liu et al. 2023; Lipman et al. 2023).
+    """Rectified flow ``x_t = (1 - t) x_0 + t eps``, t from 1 (noise) to 0 (Liu et al., Lipman et al. 2023).
 
     ``shift`` moves uniform grids towards the noise, ``t = shift u / (1 + (shift - 1) u)`` (Esser et al. 2024,
     eq. 23); alpha and sigma at a given ``t`` do not depend on it.
@@ -392,14 +405,9 @@ class Flow(Process):
         self.shift = float(shift)
         self.t_start, self.t_end, self.t_zero = 1.0, float(t_min), 0.0
 
-    def _check(self, t: TimeLike) -> Tensor:
-        return _within(t, 0.0, 1.0, "a flow (1 is noise)")
-
-    def log_alpha(self, t: TimeLike) -> Tensor:
-        return torch.log1p(-self._check(t))
-
-    def log_sigma(self, t: TimeLike) -> Tensor:
-        return self._check(t).log()
+    def _at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sigma = _within(t, 0.0, 1.0, "a flow (1 is noise)")
+        return 1 - sigma, sigma, torch.log1p(-sigma) - sigma.log()
 
     def t_of_lam(self, lam: TimeLike) -> Tensor:
         return torch.sigmoid(-as_time(lam))
@@ -427,17 +435,11 @@ class TrigFlow(Process):
             raise ValueError(f"t_min={t_min!r}, t_max={t_max!r}: need 0 < t_min < t_max <= pi/2")
         self.t_start, self.t_end, self.t_zero = float(t_max), float(t_min), 0.0
 
-    def _check(self, t: TimeLike) -> Tensor:
-        return _within(t, 0.0, math.pi / 2, "TrigFlow")
-
-    def log_alpha(self, t: TimeLike) -> Tensor:
-        time = self._check(t)
+    def _at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        angle = _within(t, 0.0, math.pi / 2, "TrigFlow")
         # cos(pi/2) is 6e-17 in floating point; the process means zero.
-        gone = time == math.pi / 2
-        return torch.where(gone, -math.inf, torch.cos(torch.where(gone, 0.0, time)).log())
-
-    def log_sigma(self, t: TimeLike) -> Tensor:
-        return torch.sin(self._check(t)).log()
+        alpha, sigma = torch.sin(math.pi / 2 - angle), torch.sin(angle)
+        return alpha, sigma, alpha.log() - sigma.log()
 
     def t_of_lam(self, lam: TimeLike) -> Tensor:
         return torch.atan((-as_time(lam)).exp())

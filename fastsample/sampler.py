@@ -199,7 +199,9 @@ class Sampler:
                         owned = x is None
                         result = execute(self.plan, begin, run, owned=owned, trajectory=states)
                         if check and not bool(torch.isfinite(result).all()):
-                            begin = self._start(state, samples, chunk, seed, given=x is not None, drawn=noise is None)
+                            begin = self._start(
+                                state, samples, chunk, seed, given=x is not None, drawn=noise is None
+                            )
                             raise locate_nonfinite(self.plan, begin, run)
                         if result is x:
                             result = result.clone()
@@ -222,26 +224,42 @@ class Sampler:
         dtype: torch.dtype | None,
     ) -> tuple[Tensor, int]:
         """The given tensor, or an empty one that only tells shape, dtype and device; and the sample count."""
-        given = [name for name, v in (("shape", shape), ("n", n), ("noise", noise), ("x", x)) if v is not None]
+        given = [
+            name for name, v in (("shape", shape), ("n", n), ("noise", noise), ("x", x)) if v is not None
+        ]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of shape=, n=, noise= and x=, got {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"give exactly one of shape=, n=, noise= and x=, got {' and '.join(given) or 'none'}"
+            )
         tensor = noise if noise is not None else x
         if tensor is not None:
             if not isinstance(tensor, Tensor) or tensor.ndim < 1 or not tensor.is_floating_point():
-                raise ValueError(f"{given[0]}= must be a floating-point tensor of shape (B, ...), got {tensor!r:.80}")
+                raise ValueError(
+                    f"{given[0]}= must be a floating-point tensor of shape (B, ...), got {tensor!r:.80}"
+                )
             full = tuple(tensor.shape)
         elif n is not None:
             if self.denoiser.sample_shape is None:
-                raise ValueError("n= needs a denoiser that knows its sample_shape; give shape=(n, ...) instead")
+                raise ValueError(
+                    "n= needs a denoiser that knows its sample_shape; give shape=(n, ...) instead"
+                )
             full = (n, *self.denoiser.sample_shape)
         else:
             full = tuple(shape)  # type: ignore[arg-type]
         if not all(isinstance(d, int) and d > 0 for d in full):
-            raise ValueError(f"{given[0]}={full if tensor is None else tuple(full)!r}: every dimension must be >= 1")
+            raise ValueError(
+                f"{given[0]}={full if tensor is None else tuple(full)!r}: every dimension must be >= 1"
+            )
         expected = self.denoiser.sample_shape
         if expected is not None and full[1:] != expected:
             raise ValueError(f"{given[0]} has samples of shape {full[1:]}, but the model's are {expected}")
-        where = torch.device(device) if device is not None else tensor.device if tensor is not None else self.denoiser.device
+        where = (
+            torch.device(device)
+            if device is not None
+            else tensor.device
+            if tensor is not None
+            else self.denoiser.device
+        )
         kind = dtype if dtype is not None else tensor.dtype if tensor is not None else torch.float32
         if kind not in (torch.float32, torch.float64):
             kind = torch.float32  # the state stays float32 whatever the network or the input is
@@ -255,10 +273,14 @@ class Sampler:
             return torch.arange(index, index + total, dtype=torch.int64, device=device)
         indices = torch.as_tensor(index, dtype=torch.int64, device=device)
         if indices.shape != (total,):
-            raise ValueError(f"index has shape {tuple(indices.shape)}; give the first index or one for each of {total}")
+            raise ValueError(
+                f"index has shape {tuple(indices.shape)}; give the first index or one for each of {total}"
+            )
         return indices
 
-    def _start(self, state: Tensor, samples: slice, index: Tensor, seed: int, *, given: bool, drawn: bool) -> Tensor:
+    def _start(
+        self, state: Tensor, samples: slice, index: Tensor, seed: int, *, given: bool, drawn: bool
+    ) -> Tensor:
         if given:
             return state[samples]
         sigma = float(self.denoiser.process.sigma(as_time(self.plan.t0)))
@@ -267,7 +289,12 @@ class Sampler:
         return state[samples] * sigma
 
     def _batch_size(
-        self, batch_size: int | None, memory: int | None, total: int, state: Tensor, conditions: dict[str, Any]
+        self,
+        batch_size: int | None,
+        memory: int | None,
+        total: int,
+        state: Tensor,
+        conditions: dict[str, Any],
     ) -> int:
         if batch_size is not None and memory is not None:
             raise ValueError("give batch_size= or memory=, not both")
@@ -280,7 +307,9 @@ class Sampler:
         from .memory import network_bytes
 
         own = state[:1].numel() * state.element_size() * buffers_needed(self.plan)
-        need = own + network_bytes(self.denoiser, state[:1], select(conditions, slice(0, 1), total), self.plan.times[0])
+        need = own + network_bytes(
+            self.denoiser, state[:1], select(conditions, slice(0, 1), total), self.plan.times[0]
+        )
         if need > memory:
             raise ValueError(f"memory={memory} bytes do not hold one sample, which needs about {need}")
         return min(total, memory // need)
@@ -305,9 +334,13 @@ class Sampler:
             ValueError: the plan draws noise, or was not made from a solver's name.
         """
         if self.plan.stochastic:
-            raise ValueError(f"solver {self.plan.solver!r} draws noise and has no inverse; use eta=0 or an ODE solver")
+            raise ValueError(
+                f"solver {self.plan.solver!r} draws noise and has no inverse; use eta=0 or an ODE solver"
+            )
         if self.plan.solver not in solvers.names():
-            raise ValueError(f"a plan of {self.plan.solver!r} cannot be reversed; build it from a solver's name")
+            raise ValueError(
+                f"a plan of {self.plan.solver!r} cannot be reversed; build it from a solver's name"
+            )
         process = self.denoiser.process
         times = [self.plan.t0]
         for row, v in zip(self.plan.rows, self.plan.values, strict=True):
@@ -318,7 +351,9 @@ class Sampler:
             if times[-2] == times[-1]:
                 times.pop()
         monotone = [t for i, t in enumerate(times) if i == 0 or process.lam(t) > process.lam(times[i - 1])]
-        return Sampler(self.denoiser, self.plan.solver, grid=monotone[::-1], hooks=self.hooks, **self.plan.options)
+        return Sampler(
+            self.denoiser, self.plan.solver, grid=monotone[::-1], hooks=self.hooks, **self.plan.options
+        )
 
 
 def start_of(denoiser: Denoiser, strength: float) -> float:
@@ -350,7 +385,13 @@ def _build(
     end: str | None,
     options: dict[str, Any],
 ) -> Plan:
-    settings: dict[str, Any] = {"prediction": denoiser.prediction, "grid": grid, "start": start, "end": end, **options}
+    settings: dict[str, Any] = {
+        "prediction": denoiser.prediction,
+        "grid": grid,
+        "start": start,
+        "end": end,
+        **options,
+    }
     if solver == "auto":
         from .solvers.auto import auto
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,10 +61,7 @@ class ImageSet:
         for images in self.batches(batch):
             moments.update(extractor(images), range(seen, seen + len(images)))
             seen += len(images)
-        cache.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        moments.save(part)
-        os.replace(part, file)
+        moments.save(file)
         return FrechetReference(moments.gaussian())
 
 
@@ -73,8 +69,8 @@ def load_images(source: str, shape: tuple[int, ...]) -> ImageSet:
     """An image set by its name.
 
     Args:
-        source: "digits:train", "digits:heldout", "digits:all", a folder of images, or an ``.npz`` with ``mu`` and
-            ``sigma`` (made with the same extractor).
+        source: "digits:train", "digits:heldout", "digits:all", a folder of images, or an ``.npz`` with ``mu``
+            and ``sigma`` (made with the same extractor).
         shape: (C, H, W) that the images must have.
 
     Raises:
@@ -113,12 +109,10 @@ def _moments(path: Path, shape: tuple[int, ...]) -> ImageSet:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            gaussian = Gaussian(
-                *(torch.from_numpy(np.asarray(arrays[key], np.float64)) for key in ("mu", "sigma"))
-            )
+            mean, cov = (torch.from_numpy(np.asarray(arrays[key], np.float64)) for key in ("mu", "sigma"))
     except KeyError as error:
         raise ValueError(f"{path}: the arrays mu and sigma are needed") from error
-    return ImageSet(str(path), shape, None, digest, gaussian)
+    return ImageSet(str(path), shape, None, digest, Gaussian(mean, cov))
 
 
 def _read(file: Path, shape: tuple[int, ...]) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
@@ -16,4 +19,6 @@ def checking(what: str = "") -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise  # no fault of the settings
         raise UserError(f"{what}: {error}" if what else str(error)) from error

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsample.denoiser import Bound, Denoiser
+from fastsample.metrics.statistics import GROUPS
 from fastsample.noise import philox
 from fastsample.sampler import Sampler
 
@@ -47,7 +48,7 @@ def load_model(
     """The model that ``model=`` names.
 
     Args:
-        model: name of an embedded model, or ``{"_target_": "module.function", ...}``, which returns a Denoiser.
+        model: name of an embedded model, or ``{"_target_": "module.function", ...}`` that returns a Denoiser.
         shape: shape of one sample where the denoiser does not say.
         classes: number of classes of a model that is not embedded.
         guidance: classifier-free guidance scale.
@@ -113,9 +114,13 @@ def _weights_sha256(net: Any) -> str | None:
 def draw_labels(labels: Any, classes: int | None, seed: int, index: Tensor) -> Tensor | None:
     """Labels of the samples ``index``.
 
+    Drawn labels are balanced: each jackknife group (index modulo 20) goes through random permutations of all
+    classes, one after the other. Groups stay exchangeable, and no number of samples is lost to the noise of
+    class frequencies.
+
     Args:
-        labels: "auto" (drawn uniformly from (seed, index) where the model has classes), None, one label, or a
-            list (repeated in the order of the index).
+        labels: "auto" (drawn from (seed, index) where the model has classes), None, one label, or a list
+            (repeated in the order of the index).
         classes: number of classes, None for a model without labels.
         seed: seed of the draw.
         index: global sample indices, int64 ``[B]``.
@@ -131,8 +136,12 @@ def draw_labels(labels: Any, classes: int | None, seed: int, index: Tensor) -> T
     if classes is None:
         raise ValueError(f"labels={labels!r}: this model has no classes; use labels=auto, or give classes=")
     if labels == "auto":
-        word = philox(seed, torch.zeros_like(index), _LABELS, index)[0]
-        return word % classes
+        position = index // GROUPS
+        permutation = position // classes * GROUPS + index % GROUPS
+        words = philox(seed, torch.arange(classes, device=index.device)[None], _LABELS, permutation[:, None])[
+            0
+        ]
+        return words.argsort(dim=1).gather(1, (position % classes)[:, None])[:, 0]
     choices = [labels] if isinstance(labels, int) else labels
     if not isinstance(choices, list) or not choices or not all(type(c) is int for c in choices):
         raise ValueError(f"labels={labels!r}: give auto, null, a label or a list of labels")

@@ -1,13 +1,12 @@
-"""The benchmark: a grid of cells solver x steps x grid x seed on one model, with the same noise in all of them.
+"""The benchmark: a grid of cells solver x steps x grid x seed on one model, with the same noise in all.
 
-Everything is checked before any image is sampled. Each cell is written as it finishes; a run started again with
-the same settings redoes nothing that is finished.
+Everything is checked before any image is sampled. Each cell is written as it finishes; a run started again
+with the same settings redoes nothing that is finished.
 """
 
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
 import io
 import itertools
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from fastsample.bench.cells import Cell, DamagedCell, digest
 from fastsample.bench.data import ImageSet, load_images
-from fastsample.bench.errors import UserError, checking
+from fastsample.bench.errors import DISK_FULL, UserError, checking
 from fastsample.bench.model import (
     Model,
     Tally,
@@ -94,13 +93,16 @@ def _disk(config: BenchConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
-        finished = len(list((Path(config.out) / "cells").glob("*.json")))
         raise UserError(
-            f"out={config.out}: {os.strerror(error.errno)}; the {finished} cells finished so far are kept. "
-            "Free some space and start the same command again."
+            f"out={config.out}: {os.strerror(error.errno)}; the {_finished_cells(Path(config.out))} cells "
+            "finished so far are kept. Free some space and start the same command again."
         ) from error
+
+
+def _finished_cells(out: Path) -> int:
+    return len(list((out / "cells").glob("*.json")))
 
 
 @dataclass
@@ -149,6 +151,7 @@ class _Job:
             "model": {
                 "name": self.model.name,
                 "shape": list(self.model.shape),
+                "labelled": self.config.labels is not None and self.model.classes is not None,
                 "identity": self.model.identity,
             },
             "metrics": [m.name for m in self.metrics],
@@ -166,17 +169,20 @@ class _Job:
         )
         if not todo:
             return
-        # the first call pays for memory and kernels; no cell's time should
-        self._sample(todo[0].sampler, todo[0].cell.seed, range(min(self.config.n, self.config.batch)))
-        with _progress(sum(p.sampler.plan.nfe for p in todo)) as advance:
-            for planned in todo:
-                started = time.perf_counter()
-                try:
-                    result = self._measure(planned)
-                except NonFiniteError as error:
-                    raise UserError(f"{planned.cell.solver}, {planned.cell.steps} steps: {error}") from error
-                planned.cell.write(out / "cells", result, where)
-                advance(planned, time.perf_counter() - started)
+        planned = todo[0]
+        try:
+            # the first call pays for memory and kernels; no cell's time should
+            self._sample(planned.sampler, planned.cell.seed, range(min(self.config.n, self.config.batch)))
+            with _progress(sum(p.sampler.plan.nfe for p in todo)) as advance:
+                for planned in todo:
+                    started = time.perf_counter()
+                    planned.cell.write(out / "cells", self._measure(planned), where)
+                    advance(planned, time.perf_counter() - started)
+        except NonFiniteError as error:
+            raise UserError(
+                f"{planned.cell.solver}, {planned.cell.steps} steps, seed {planned.cell.seed}: {error}; the "
+                f"{_finished_cells(out)} cells finished so far are kept"
+            ) from error
 
     def _finished(self, cell: Cell) -> bool:
         folder = Path(self.config.out) / "cells"
@@ -258,7 +264,7 @@ class _Job:
     def _sample(self, sampler: Sampler, seed: int, index: range) -> Tensor:
         which = torch.arange(index.start, index.stop, device=self.device)
         labels = draw_labels(self.config.labels, self.model.classes, seed, which)
-        conditions = {} if labels is None else {"labels": labels}
+        conditions: dict[str, Any] = {} if labels is None else {"labels": labels}
         x = sampler(
             shape=(len(index), *self.model.shape), seed=seed, index=which, device=self.device, **conditions
         )
@@ -308,7 +314,6 @@ def _prepare(config: BenchConfig) -> _Job:
         _check_numbers(config)
         for solver, grid in itertools.product([*config.solvers, config.reference.solver], config.grids):
             check_names(solver, grid)
-        names = _metric_names(config)
         device = resolve_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -318,7 +323,8 @@ def _prepare(config: BenchConfig) -> _Job:
         if isinstance(config.labels, list):
             raise ValueError(f"labels={config.labels!r}: a benchmark takes auto, null or one label")
         draw_labels(config.labels, model.classes, 0, torch.arange(1))
-        metrics, splits = _metrics(config, names, model, device)
+        # after the model, whose module may register extractors of its own
+        metrics, splits = _metrics(config, _metric_names(config), model, device)
 
     denoiser, tally = counted(model.denoiser)
     identity = {
@@ -432,8 +438,8 @@ def _metrics(
         dim = extractor.dim(model.shape)
         if config.n < minimum_samples(dim):
             raise ValueError(
-                f"n={config.n}: {name.base} has {dim} features, so at least {minimum_samples(dim)} samples are "
-                f"needed, and {RELIABLE_RATIO * dim} for a reliable interval"
+                f"n={config.n}: {name.base} has {dim} features, so at least {minimum_samples(dim)} samples "
+                f"are needed, and {RELIABLE_RATIO * dim} for a reliable interval"
             )
         cache = Path(config.out) / "statistics"
         references = {split: s.reference(extractor, cache, config.batch) for split, s in splits.items()}

@@ -54,7 +54,7 @@ class ReferenceConfig:
 
     solver: Any = option("auto", "Solver of the reference solution; deterministic.")
     steps: int = option(100, "Its number of steps.")
-    n: int = option(2000, "RMSE is measured on so many samples, the first ones.")
+    n: int = option(1000, "RMSE is measured on so many samples, the first ones.")
 
 
 @dataclass
@@ -66,18 +66,18 @@ class BenchConfig:
         "Embedded model by name, or your own: model._target_=my.module.make_model model.ARGUMENT=VALUE.",
     )
     solvers: list[Any] = option(
-        ["auto", "ddim", "heun", "deis_3", "ipndm", "dpm_solver_2m", "dpmpp_2m", "dpmpp_3m", "unipc_3"],
+        ["auto", "ddim", "heun", "ipndm", "deis", "dpm_solver_2m", "dpmpp_2m", "dpmpp_3m", "unipc"],
         "Solvers by name, or with options: 'solvers=[auto,{name: ddim, eta: 1}]'.",
     )
     nfe: list[int] = option(
-        [4, 6, 8, 10, 20, 50],
+        [4, 5, 6, 8, 10, 15, 20, 30, 50],
         "Budgets of network evaluations: every solver takes the most steps that stay within each.",
     )
     steps: list[int] | None = option(None, "Numbers of steps instead of budgets.")
     grids: list[str | None] = option([None], "Time grids by name; null: the solver's own.")
     seeds: list[int] = option([0], "Seeds; sample i starts from the noise (seed, i) in every cell.")
     end: str | None = option(None, "Where sampling ends: zero or sigma_min; null: the solver's own.")
-    n: int = option(2000, "Number of samples in a cell.")
+    n: int = option(1000, "Number of samples in a cell.")
     metrics: list[str] | None = option(
         None,
         "Frechet metrics: fd-digits, fid, fd-NAME (NAME registered with torch-fidelity); null: fd-digits for "

@@ -93,9 +93,9 @@ def parse_metric(name: str) -> MetricName:
 def _bases() -> dict[str, str]:
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-    from fastsample.zoo import features
+    from fastsample.zoo.features import register_with_torch_fidelity
 
-    features.register()
+    register_with_torch_fidelity()
     bases = {"fid": _INCEPTION}
     for name in FEATURE_EXTRACTORS_REGISTRY:
         if name != _INCEPTION:
@@ -203,6 +203,8 @@ def _inception_weights(path: str | os.PathLike[str] | None) -> Path:
             f"weights: {file} has sha256 {found[:16]}..., but {_INCEPTION_SHA256_PREFIX}... is expected "
             f"(a damaged or different file); delete it and {remedy}"
         )
+    # torch-fidelity unpickles the file without restrictions: refuse beforehand what is not plain tensors
+    torch.load(file, map_location="cpu", weights_only=True)
     return file
 
 

@@ -147,11 +147,13 @@ class GroupedMoments:
         return Gaussian(mean.cpu(), cov.cpu(), n)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the sums as safetensors; ``load`` gives the same bits back."""
-        from safetensors.torch import save_file
+        """Write the sums as safetensors, atomically; ``load`` gives the same bits back."""
+        from safetensors.torch import save
+
+        from fastsample.plan import write_atomically
 
         tensors = {"counts": self.counts, "sums": self.sums.cpu(), "outer": self.outer.cpu()}
-        save_file(tensors, os.fspath(path), metadata={"schema": _SCHEMA})
+        write_atomically(path, save(tensors, metadata={"schema": _SCHEMA}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GroupedMoments:

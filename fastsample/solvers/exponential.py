@@ -1,11 +1,13 @@
 """Multistep exponential integrators with exact Lagrange integrals, and the corrector that costs nothing.
 
 The family behind DPM-Solver++ (x0 in lam), DEIS (eps in t or rho) and LMS (eps in rho), at any order, on any
-strictly monotone grid. ``corrector=True`` re-uses the evaluation that the next step needs anyway, as UniC does
-(Zhao et al. 2023, section 3.1): it raises the order by one at no cost.
+strictly monotone grid. ``corrector=True`` re-uses the evaluation that the next step needs anyway, as UniC
+does (Zhao et al. 2023, section 3.1): it raises the order by one at no cost.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -15,18 +17,82 @@ from .registry import Claim, register
 
 History = list[tuple[Tensor, Expr]]
 
+# (s, t, nodes) -> the part of the step from s to t that is made of predictions. The nodes are (time,
+# prediction) pairs, oldest first; a predictor's last node lies at s.
+Predictor = Callable[[Tensor, Tensor, History], Expr]
+# (s, t, nodes, used) -> the same for a step taken again with the prediction at t, which is the last node;
+# ``used`` is the number of nodes that the predictor had.
+Corrector = Callable[[Tensor, Tensor, History, int], Expr]
+
+
+def increment(b: Builder, space: str, variable: str, s: Tensor, t: Tensor, nodes: History) -> Expr:
+    """What the predictions in ``nodes`` (time, prediction) add between s and t, by the exact integrals."""
+    return combine(
+        weights(b.process, space, variable, [node for node, _ in nodes], s, t), [m for _, m in nodes]
+    )
+
 
 def update(
     b: Builder, space: str, variable: str, state: Expr, s: Tensor, t: Tensor, history: History
 ) -> Expr:
     """``x_t`` from ``x_s`` and the predictions in ``history`` (time, prediction), by the exact integrals."""
-    w = weights(b.process, space, variable, [node for node, _ in history], s, t)
-    return scale(b.process, space, s, t) * state + combine(w, [m for _, m in history])
+    return scale(b.process, space, s, t) * state + increment(b, space, variable, s, t, history)
 
 
 def reachable(b: Builder, space: str, t: Tensor) -> bool:
-    """Whether predictions in ``space`` at ``t`` can start a step: not x0 without noise, not eps without signal."""
+    """Whether ``space`` can start a step at ``t``: not x0 without noise, not eps without signal."""
     return bool(b.sigma(t) > 0) if space == "x0" else bool(b.alpha(t) > 0) if space == "eps" else True
+
+
+def multistep(
+    b: Builder,
+    grid: Tensor,
+    order: int,
+    space: str,
+    predictor: Predictor,
+    corrector: Corrector | None = None,
+    *,
+    lower_order_final: bool = False,
+) -> None:
+    """The loop that all linear multistep methods share: ``x_t = scale x_s + predictor(s, t, nodes)``.
+
+    The order rises from 1 with the history. A start with no noise (or no signal) has no x0 (or eps) form;
+    there the first-order step in flow space, which has the same limit, is taken.
+
+    Args:
+        b, grid: the builder and the times.
+        order: the number of predictions that a step uses, at least 1.
+        space: the space of the predictions.
+        predictor: what a step adds.
+        corrector: what it adds when it is taken again with the prediction at its end; None does without.
+        lower_order_final: let the order fall to 1 towards the last step.
+
+    Raises:
+        ValueError: the order is not a whole number of at least 1.
+    """
+    if isinstance(order, bool) or int(order) != order or order < 1:
+        raise ValueError(f"order={order!r} must be a whole number of at least 1")
+    n = grid.numel() - 1
+    history: History = []
+    x = b.x
+    previous: tuple[Tensor, Expr, int] | None = None  # the last step's start, what it added, its nodes
+    for i, (s, t) in enumerate(intervals(grid)):
+        if not reachable(b, space, s):
+            history, previous = [], None
+            x = b.state(update(b, "flow", "tau", x, s, t, [(s, b.predict(x, "flow"))]), t)
+            continue
+        history.append((s, b.predict(x, space)))
+        base = x
+        if corrector is not None and previous is not None:
+            start, predicted, used = previous
+            # both share the factor of the base state, so the correction is in the predictions alone
+            base = x + (corrector(start, s, history, used) - predicted)
+        keep = min(order, n - i) if lower_order_final else order
+        nodes = history[-keep:]
+        added = predictor(s, t, nodes)
+        x = b.state(scale(b.process, space, s, t) * base + added, t)
+        previous = (s, added, len(nodes))
+        history = history[-order:]
 
 
 @register("exp_adams", Claim(order=3, moments="exact"))
@@ -49,31 +115,19 @@ def exp_adams(
         corrector: correct each state with the prediction at its end before stepping on.
         lower_order_final: let the order fall to 1 towards the last step.
     """
-    if order < 1:
-        raise ValueError(f"order={order!r} must be at least 1")
-    n = grid.numel() - 1
-    history: History = []
-    x = b.x
-    previous: tuple[Expr, Expr, Tensor] | None = None  # base state, predicted combination, its time
-    for i, (s, t) in enumerate(intervals(grid)):
-        # A start with no noise (or no signal) has no x0 (or eps) form; flow's first-order step has the same limit.
-        here = space if reachable(b, space, s) else "flow"
-        m = b.predict(x, here)
-        base = x
-        if here != space:
-            history, previous = [], None
-            moved = update(b, here, variable, base, s, t, [(s, m)])
-        else:
-            history.append((s, m))
-            if corrector and previous is not None:
-                state, predicted, start = previous
-                nodes = history[-(order + 1) :]
-                corrected = update(b, space, variable, state, start, s, nodes)
-                # both share the factor of the base state, so the correction is in the predictions alone
-                base = x + (corrected - predicted)
-            keep = min(order, n - i) if lower_order_final else order
-            moved = update(b, space, variable, base, s, t, history[-keep:])
-            previous = (base, moved, s)
-        x = b.state(moved, t)
-        if len(history) > order:
-            history = history[-order:]
+
+    def predict(s: Tensor, t: Tensor, nodes: History) -> Expr:
+        return increment(b, space, variable, s, t, nodes)
+
+    def correct(s: Tensor, t: Tensor, nodes: History, used: int) -> Expr:
+        return increment(b, space, variable, s, t, nodes)
+
+    multistep(
+        b,
+        grid,
+        order,
+        space,
+        predict,
+        correct if corrector else None,
+        lower_order_final=lower_order_final,
+    )

@@ -18,6 +18,7 @@ which is the limit of its Lagrange basis.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -51,16 +52,26 @@ def _gauss_legendre(panels: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(nodes), torch.from_numpy(np.tile(w / 2 / panels, panels))
 
 
-def lagrange(nodes: Sequence[Tensor], at: Tensor) -> list[Tensor]:
-    """The Lagrange basis polynomials of ``nodes`` at the points ``at``."""
-    basis = []
-    for j, node in enumerate(nodes):
-        value = torch.ones_like(at)
-        for i, other in enumerate(nodes):
-            if i != j:
-                value = value * (at - other) / (node - other)
-        basis.append(value)
-    return basis
+def lagrange(nodes: Sequence[Tensor], at: Tensor) -> Tensor:
+    """The Lagrange basis polynomials of k ``nodes`` at the points ``at`` (...), as (k, ...)."""
+    k = len(nodes)
+    if k == 1:
+        return torch.ones_like(at)[None]
+    u = torch.stack(tuple(nodes))
+    others = _others(k)
+    over = (at - u.reshape(-1, *[1] * at.ndim))[others].prod(dim=1)
+    under = (u[:, None] - u[others]).prod(dim=1)
+    return over / under.reshape(-1, *[1] * at.ndim)
+
+
+@functools.cache
+def _others(k: int) -> Tensor:
+    """Row j lists 0..k-1 without j."""
+    return torch.tensor([[i for i in range(k) if i != j] for j in range(k)])
+
+
+def _finite(value: Tensor) -> bool:
+    return math.isfinite(float(value))
 
 
 def scale(process: Process, space: str, s: Tensor, t: Tensor) -> Tensor:
@@ -83,12 +94,12 @@ def _total(process: Process, space: str, s: Tensor, t: Tensor) -> Tensor:
     if space == "x0":
         # by h where both ends are finite: the difference would lose digits on small steps
         h = process.lam(t) - process.lam(s)
-        if bool(torch.isfinite(h)):
+        if _finite(h):
             return -alpha(t) * torch.expm1(-h)
         return alpha(t) - scale(process, space, s, t) * alpha(s)
     if space == "eps":
         h = process.lam(t) - process.lam(s)
-        if bool(torch.isfinite(h)):
+        if _finite(h):
             return -sigma(t) * torch.expm1(h)
         return sigma(t) - scale(process, space, s, t) * sigma(s)
     if space == "v":
@@ -101,6 +112,8 @@ def _u(process: Process, variable: str, t: Tensor) -> Tensor:
     """The interpolation variable at a time (taken directly where that is exact at the ends)."""
     if variable == "t":
         return t
+    if variable == "rho":
+        return process.rho(t)
     if variable == "phi":
         return process.phi(t)
     if variable == "tau":
@@ -126,7 +139,7 @@ def weights(
     if variable not in VARIABLES:
         raise unknown("variable", variable, VARIABLES)
     u = [_u(process, variable, node) for node in nodes]
-    usable = [j for j, value in enumerate(u) if bool(torch.isfinite(value))]
+    usable = [j for j, value in enumerate(u) if _finite(value)]
     total = _total(process, space, s, t)
     result = [torch.zeros((), dtype=torch.float64) for _ in nodes]
     if len(usable) <= 1:
@@ -138,24 +151,24 @@ def weights(
         result[nearest] = total
         return result
     # The integrals sum to one up to the quadrature's rounding; make constants exact.
-    norm = sum(basis[1:], basis[0])
-    for j, integral in zip(usable, basis, strict=True):
-        result[j] = total * integral / norm
+    exact = total * basis / basis.sum()
+    for j, weight in zip(usable, exact.unbind(), strict=True):
+        result[j] = weight
     return result
 
 
 def _integrals(
     process: Process, space: str, variable: str, u: list[Tensor], s: Tensor, t: Tensor
-) -> list[Tensor] | None:
+) -> Tensor | None:
     """Integrals of the Lagrange basis against the space's measure, up to a common factor."""
     lam_s, lam_t = process.lam(s), process.lam(t)
-    finite = bool(torch.isfinite(lam_s)) and bool(torch.isfinite(lam_t))
+    finite = _finite(lam_s) and _finite(lam_t)
     convert = VARIABLES[variable]
     if space == "x0":
         if not finite:
             end = _u(process, variable, t)
             # As sigma_t -> 0 the measure concentrates at t: the extrapolated polynomial itself.
-            return lagrange(u, end) if bool(torch.isposinf(lam_t)) and bool(torch.isfinite(end)) else None
+            return lagrange(u, end) if bool(torch.isposinf(lam_t)) and _finite(end) else None
         w, lam, width = _panels(lam_s, lam_t)
         measure = w * torch.exp((lam - lam_t) if float(width) > 0 else (lam - lam_s))
     elif space == "eps":
@@ -176,9 +189,9 @@ def _integrals(
         if variable == "lam" and not finite:
             return None
         w, z = _segment(ends[0], ends[1], 4)
-        lam = -torch.tan(z).log() if space == "v" else -torch.logit(z)
+        lam = -torch.tan(z).log() if space == "v" else torch.log1p(-z) - z.log()
         measure = w
-    return [(measure * basis).sum() for basis in lagrange(u, convert(process, lam))]
+    return lagrange(u, convert(process, lam)) @ measure
 
 
 def _panels(lam_s: Tensor, lam_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:

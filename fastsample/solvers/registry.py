@@ -18,7 +18,7 @@ from ..process import Process
 
 SolverFunction = Callable[..., None]
 
-_FAMILIES = ("first_order", "exponential")
+_FAMILIES = ("first_order", "exponential", "adams", "dpm", "unipc", "runge_kutta", "sde", "restart", "analytic", "consistency")
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def on_grid(solver: Solver, process: Process, prediction: str, times: Tensor, us
     builder = Builder(process, prediction, times[0])
     solver.function(builder, times, **solver.preset, **used)
     described = {k: v for k, v in used.items() if isinstance(v, (str, int, float, bool)) and not _is_nan(v)}
-    return builder.finish(solver.name, times.numel() - 1, described)
+    return builder.finish(solver.name, times.numel() - 1, described, times)
 
 
 def _is_nan(value: Any) -> bool:

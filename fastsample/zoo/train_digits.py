@@ -29,7 +29,13 @@ from .features import DigitsClassifier
 from .unet import UNet
 from .weights import FOLDER, save_weights
 
-UNET_CONFIG: dict[str, Any] = {"image_size": 8, "in_channels": 1, "channels": 32, "multipliers": [1, 2], "patch": 2}
+UNET_CONFIG: dict[str, Any] = {
+    "image_size": 8,
+    "in_channels": 1,
+    "channels": 32,
+    "multipliers": [1, 2],
+    "patch": 2,
+}
 CLASSIFIER_CONFIG: dict[str, Any] = {"channels": 32, "num_features": 24}
 
 
@@ -51,7 +57,9 @@ def noised(images: Tensor, process: Process, u: Tensor, eps: Tensor) -> tuple[Te
 
 
 @torch.no_grad()
-def eps_loss(net: UNet, images: Tensor, labels: Tensor, process: Process, repeats: int = 8, seed: int = 0) -> float:
+def eps_loss(
+    net: UNet, images: Tensor, labels: Tensor, process: Process, repeats: int = 8, seed: int = 0
+) -> float:
     """Mean squared error of the predicted noise over uniform times, with fixed noise."""
     generator = torch.Generator().manual_seed(seed)
     total = 0.0
@@ -69,10 +77,10 @@ def train_unet(
     process: Process,
     config: dict[str, Any],
     *,
-    steps: int = 8000,
+    steps: int = 4000,
     batch_size: int = 256,
     lr: float = 2e-3,
-    dropout: float = 0.05,
+    dropout: float = 0.1,
     label_drop: float = 0.12,
     ema: float = 0.999,
     seed: int = 0,
@@ -172,16 +180,14 @@ def train_classifier(
         loss.backward()
         optimizer.step()
     net.eval()
-    with torch.no_grad():  # unit variance over the images themselves, not over the jittered batches
-        head = net.body[-1]
-        assert isinstance(head, torch.nn.BatchNorm1d)
-        raw = net.body[:-1](images).double()
-        old_mean, old_std = head.running_mean.double(), (head.running_var.double() + head.eps).sqrt()
-        mean, std = raw.mean(dim=0), raw.std(dim=0)
-        # The classifier behind the features keeps its function only up to this change of scale, which is small.
-        del old_mean, old_std
-        head.running_mean.copy_(mean)
-        head.running_var.copy_(std.square() - head.eps)
+    head = net.body[-1]
+    assert isinstance(head, torch.nn.BatchNorm1d)
+    # the features' mean and variance over the images themselves, not over the jittered batches
+    head.reset_running_stats()
+    head.momentum = None
+    with torch.no_grad():
+        head.train()(net.body[:-1](images))
+    return net.eval()
     return net
 
 
@@ -195,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--part", choices=("all", "unet", "features"), default="all")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the weights")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=8000, help="training steps of the UNet")
+    parser.add_argument("--steps", type=int, default=4000, help="training steps of the UNet")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     from ..process import VP

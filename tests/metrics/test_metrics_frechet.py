@@ -75,7 +75,7 @@ def test_deficient_rank(rank_a: int | None, rank_b: int | None) -> None:
 
 
 def test_intervals_cover_the_truth_and_the_plain_value_is_biased() -> None:
-    """At N/d = 24, two standard errors cover the truth about 95% of the time (200 repeats: within 90..99%)."""
+    """At N/d = 24 two standard errors cover the truth about 95% of the time (200 repeats: 90 to 99%)."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.linspace(0.5, 1.5, D, dtype=torch.float64)
     truth = float((scale - 1).square().sum()) + D * 0.1**2
@@ -125,7 +125,9 @@ def test_groups_of_unequal_size_reduce_to_the_plain_jackknife_of_a_mean() -> Non
 
 def test_too_few_samples_are_refused_with_the_number_needed() -> None:
     moments = grouped(torch.randn(30, 30, dtype=torch.float64))
-    with pytest.raises(ValueError, match="30 samples are too few .* 30 dimensions; at least 31 are needed, 720"):
+    with pytest.raises(
+        ValueError, match=r"30 samples are too few .* 30 dimensions; at least 31 are needed, 720"
+    ):
         estimate(moments, gaussian(0, 30))
     few = grouped(torch.randn(12, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match="group is empty"):

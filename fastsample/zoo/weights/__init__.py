@@ -31,7 +31,9 @@ def load_weights(name: str, folder: Path = FOLDER) -> tuple[dict[str, Tensor], d
 
     path = folder / f"{name}.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: reinstall, or run `python -m fastsample.zoo.train_digits`")
+        raise FileNotFoundError(
+            f"{path} is missing: reinstall, or run `python -m fastsample.zoo.train_digits`"
+        )
     with safe_open(path, framework="pt") as file:
         config = json.loads(file.metadata()["config"])
         tensors: dict[str, torch.Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118

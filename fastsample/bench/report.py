@@ -1,0 +1,180 @@
+"""report.html, results.json and results.csv of a run.
+
+The report is one file that opens from the file system: data, pictures, style and script are inside, and its
+content security policy forbids every network request.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from fastsample.bench.errors import checking
+from fastsample.bench.model import solver_label
+from fastsample.bench.results import collect, summary, to_csv
+from fastsample.metrics.frechet import RELIABLE_RATIO
+from fastsample.plan import write_atomically
+
+__all__ = ["render", "render_run"]
+
+
+def render_run(run: Path, out: Path | None = None) -> Path:
+    """Write results.json, results.csv and report.html of a run folder, finished or not.
+
+    Args:
+        run: folder of a benchmark run.
+        out: where to write; the run folder by default.
+
+    Returns:
+        Path of report.html.
+
+    Raises:
+        UserError: if the folder is not a run, or nothing is finished in it.
+    """
+    results = collect(run)
+    data = summary(results)
+    pictures = {p.label + f"/{p.steps}": p.cells[0]["result"]["images"] for p in results.points}
+    reference = results.reference
+    if reference is not None:
+        pictures["reference"] = reference.cells[0]["result"]["images"]
+    folder = run if out is None else out
+    with checking(f"out={folder}"):
+        write_atomically(folder / "results.json", json.dumps(data, indent=1).encode())
+        write_atomically(folder / "results.csv", to_csv(data).encode())
+        write_atomically(folder / "report.html", render(data, pictures).encode())
+    return folder / "report.html"
+
+
+def render(data: dict[str, Any], pictures: dict[str, list[str]]) -> str:
+    """The report as HTML.
+
+    Args:
+        data: what ``summary`` returns.
+        pictures: base64 PNGs of the first images, by ``"label/steps"``, and of the ``"reference"``.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("fastsample.bench"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["number"] = number
+    title, details = headline_text(data)
+    run = data["run"]
+    n = (data["points"] or [data["reference"]])[0]["n"]
+    unreliable = any(
+        not entry["reliable"]
+        for row in data["points"]
+        for by in row["metrics"].values()
+        for entry in by.values()
+    )
+    page = {
+        "metrics": run["metrics"],
+        "splits": list(run["splits"]),
+        "baseline": run["config"]["baseline"],
+        "points": [
+            _for_page(row) | {"images": pictures.get(f"{row['label']}/{row['steps']}", [])}
+            for row in data["points"]
+        ],
+        "reference": (
+            _for_page(data["reference"]) | {"images": pictures.get("reference", [])}
+            if data["reference"]
+            else None
+        ),
+        "shape": run["model"]["shape"],
+        # in the order that the user named them
+        "labels": [
+            f"{solver_label(solver)} on {grid}" if grid else solver_label(solver)
+            for solver in run["config"]["solvers"]
+            for grid in run["config"]["grids"]
+        ],
+    }
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        details=details,
+        data=data,
+        run=run,
+        n=n,
+        unreliable=unreliable,
+        ratio=RELIABLE_RATIO,
+        page=page,
+    )
+
+
+def _for_page(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what only results.json needs."""
+    keys = (
+        "label",
+        "steps",
+        "nfe",
+        "rows_per_sample",
+        "seconds_per_sample",
+        "rmse",
+        "rmse_median",
+        "memorisation",
+    )
+    metrics = {
+        metric: {
+            split: {key: entry.get(key) for key in ("value", "se", "plain", "place")}
+            for split, entry in by.items()
+        }
+        for metric, by in row["metrics"].items()
+    }
+    return {key: row[key] for key in keys} | {"metrics": metrics}
+
+
+def headline_text(data: dict[str, Any]) -> tuple[str, str]:
+    """The headline in words: one sentence, and the numbers behind it."""
+    head = data["headline"]
+    if head is None:
+        compared = [row for row in data["points"] if row["rmse"] is not None]
+        if not compared:
+            return f"{len(data['points'])} settings measured", ""
+        best = min(compared, key=lambda row: row["rmse"])
+        return (
+            f"{best['label']} comes closest to the converged solution",
+            f"RMSE {number(best['rmse'])} at {number(best['nfe'])} evaluations; no distance was asked for.",
+        )
+    if head["kind"] == "no baseline":
+        return (
+            f"{len(data['points'])} settings measured",
+            f"The baseline {head['baseline']} is not among the finished solvers, so nothing is claimed.",
+        )
+    where = f"{head['metric']} to the {head['split']} images"
+    base = with_error(head["baseline_distance"], head["baseline_se"])
+    if head["kind"] == "none":
+        return (
+            f"Nothing here matches {head['baseline']} at {head['baseline_nfe']:g} evaluations with fewer",
+            f"{where}: {base} for {head['baseline']}; to match, the difference plus two standard errors must "
+            f"be at most {head['margin']:.0%} of that.",
+        )
+    if head["solver"] == head["baseline"]:
+        title = f"{head['solver']} needs only {head['nfe']:g} of its {head['baseline_nfe']:g} evaluations"
+    else:
+        title = (
+            f"{head['solver']} does in {head['nfe']:g} evaluations what {head['baseline']} "
+            f"takes {head['baseline_nfe']:g} for"
+        )
+    details = (
+        f"{where}: {with_error(head['distance'], head['se'])} against {base}; paired difference "
+        f"{with_error(head['difference'], head['difference_se'])} (two standard errors), and "
+        f"{head['speedup']:.1f} times faster per sample."
+    )
+    return title, details
+
+
+def with_error(value: float, se: float) -> str:
+    """``value ± two standard errors``: two digits of the error, and the value to the same decimal."""
+    decimals = min(8, max(0, 1 - math.floor(math.log10(2 * se)))) if se > 0 else 3
+    return f"{value:.{decimals}f} ± {2 * se:.{decimals}f}".replace("-", "−")
+
+
+def number(value: float | None) -> str:
+    """A number in three significant digits; a dash for None."""
+    if value is None:
+        return "–"
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.2e}"
+    text = f"{value:.3g}"
+    return f"{value:.0f}" if "e" in text else text

@@ -1,0 +1,324 @@
+"""From finished cells to conclusions: averages over seeds, leaders at each NFE, headline; JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastsample.bench.cells import DamagedCell, read_file
+from fastsample.bench.errors import UserError
+from fastsample.metrics.frechet import Difference, FrechetEstimate, average, paired_difference
+
+SCHEMA = "fastsample.results/1"
+
+MARGIN = 0.1
+"""A solver matches the baseline if its distance, plus two standard errors, is at most this much larger."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """The cells of one solver at one number of steps on one grid; a cell a seed."""
+
+    solver: str
+    grid: str | None
+    steps: int
+    cells: tuple[dict[str, Any], ...]
+
+    @property
+    def label(self) -> str:
+        """Solver, and its grid where one was asked for."""
+        return f"{self.solver} on {self.grid}" if self.grid else self.solver
+
+    def mean(self, key: str) -> float | None:
+        """Mean over seeds of a number of the result; None where a cell has none."""
+        values = [cell["result"][key] for cell in self.cells]
+        return None if None in values else math.fsum(values) / len(values)
+
+    @property
+    def nfe(self) -> float:
+        """Counted evaluations per sample."""
+        nfe = self.mean("nfe")
+        assert nfe is not None
+        return nfe
+
+    @property
+    def seconds_per_sample(self) -> float:
+        """Median over seeds."""
+        return statistics.median(cell["result"]["seconds_per_sample"] for cell in self.cells)
+
+    def estimates(self, metric: str, split: str) -> dict[int, FrechetEstimate]:
+        """The Fréchet estimate of each seed."""
+        return {
+            c["seed"]: FrechetEstimate.from_dict(c["result"]["metrics"][metric][split]) for c in self.cells
+        }
+
+    def distance(self, metric: str, split: str) -> Difference:
+        """Bias-corrected distance, averaged over seeds, with its standard error."""
+        return average([Difference(e.value, e.se) for e in self.estimates(metric, split).values()])
+
+
+def compare(a: Point, b: Point, metric: str, split: str) -> Difference | None:
+    """Distance of ``a`` less that of ``b``, paired sample by sample; None if they share no seed."""
+    first, second = a.estimates(metric, split), b.estimates(metric, split)
+    shared = sorted(first.keys() & second.keys())
+    return average([paired_difference(first[s], second[s]) for s in shared]) if shared else None
+
+
+@dataclass(frozen=True)
+class Results:
+    """A run as far as it has come.
+
+    Attributes:
+        manifest: what the run was asked to do (run.json).
+        points: finished points, by number of evaluations.
+        references: the finished reference cells.
+        missing: number of cells that are not finished.
+        damaged: what is wrong with cells that cannot be read.
+    """
+
+    manifest: dict[str, Any]
+    points: tuple[Point, ...]
+    references: tuple[dict[str, Any], ...]
+    missing: int
+    damaged: tuple[str, ...]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Full names of the Fréchet metrics."""
+        return self.manifest["metrics"]
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the image sets compared with."""
+        return list(self.manifest["splits"])
+
+    @property
+    def reference(self) -> Point | None:
+        """The reference solution as a point."""
+        cells = self.references
+        return Point(cells[0]["solver"], None, cells[0]["steps"], cells) if cells else None
+
+
+def collect(run: Path) -> Results:
+    """Read a run folder.
+
+    Raises:
+        UserError: if it is not one, or nothing is finished.
+    """
+    path = run / "run.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["schema"] != "fastsample.run/1":
+            raise ValueError(f"its schema is {manifest['schema']!r}, fastsample.run/1 is needed")
+        names = manifest["cells"]
+    except FileNotFoundError as error:
+        raise UserError(f"run={run}: no run.json there; give a folder that fastsample bench wrote") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"run={run}: run.json cannot be read ({error}); run the benchmark again") from error
+    cells, damaged, missing = [], [], 0
+    for name in names:
+        file = run / "cells" / name
+        if not file.exists():
+            missing += 1
+            continue
+        try:
+            cells.append(read_file(file))
+        except DamagedCell as error:
+            damaged.append(str(error))
+    if not cells:
+        raise UserError(f"run={run}: no cell is finished yet; start its benchmark again")
+    groups: dict[tuple[str, str | None, int], list[dict[str, Any]]] = {}
+    for cell in cells:
+        if not cell["reference"]:
+            groups.setdefault((cell["solver"], cell["grid"], cell["steps"]), []).append(cell)
+    points = sorted(
+        (Point(solver, grid, steps, tuple(group)) for (solver, grid, steps), group in groups.items()),
+        key=lambda p: p.nfe,
+    )
+    references = tuple(cell for cell in cells if cell["reference"])
+    return Results(manifest, tuple(points), references, missing + len(damaged), tuple(damaged))
+
+
+def leaders(points: Sequence[Point], metric: str, split: str) -> dict[str, list[Point]]:
+    """At each number of evaluations that several points share: the points that nothing beats.
+
+    A point is beaten if the paired difference to the one with the smallest distance is beyond two standard
+    errors. One leader alone is the best; several are tied.
+    """
+    result: dict[str, list[Point]] = {}
+    for nfe in sorted({p.nfe for p in points}):
+        same = [p for p in points if p.nfe == nfe]
+        if len(same) < 2:
+            continue
+        smallest = min(same, key=lambda p: p.distance(metric, split).value)
+        tied = [p for p in same if p is smallest or not _worse(p, smallest, metric, split)]
+        result[f"{nfe:g}"] = tied
+    return result
+
+
+def _worse(a: Point, b: Point, metric: str, split: str) -> bool:
+    difference = compare(a, b, metric, split)
+    return difference is None or (difference.value > 0 and difference.significant)
+
+
+def headline(results: Results, metric: str, split: str) -> dict[str, Any]:
+    """What the run shows, as data: the cheapest point that matches the baseline's most expensive one.
+
+    "Matches" means that the paired difference plus two standard errors is at most ``MARGIN`` of the
+    baseline's distance. The search takes the first of many points, so its own claim is a little optimistic;
+    the numbers with their errors are part of the result.
+
+    Returns:
+        ``kind`` ("fewer", "none" or "no baseline") and the numbers behind it.
+    """
+    name = results.manifest["config"]["baseline"]
+    candidates = [p for p in results.points if p.solver == name]
+    if not candidates:
+        return {"kind": "no baseline", "baseline": name}
+    baseline = max(candidates, key=lambda p: p.nfe)
+    base = baseline.distance(metric, split)
+    common = {
+        "baseline": baseline.label,
+        "baseline_nfe": baseline.nfe,
+        "baseline_distance": base.value,
+        "baseline_se": base.se,
+        "metric": metric,
+        "split": split,
+        "margin": MARGIN,
+    }
+    matching = []
+    for point in results.points:
+        difference = compare(point, baseline, metric, split)
+        if (
+            point.nfe < baseline.nfe
+            and difference is not None
+            and difference.value + 2 * difference.se <= MARGIN * base.value
+        ):
+            matching.append((point.nfe, point.distance(metric, split).value, point, difference))
+    if not matching:
+        return {"kind": "none", **common}
+    _, _, point, difference = min(matching, key=lambda m: m[:2])
+    distance = point.distance(metric, split)
+    return {
+        "kind": "fewer",
+        **common,
+        "solver": point.label,
+        "nfe": point.nfe,
+        "distance": distance.value,
+        "se": distance.se,
+        "difference": difference.value,
+        "difference_se": difference.se,
+        "speedup": baseline.seconds_per_sample / point.seconds_per_sample,
+    }
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """Everything that results.json holds."""
+    rows = []
+    best = {(m, s): leaders(results.points, m, s) for m in results.metrics for s in results.splits}
+    for point in results.points:
+        row = _row(point, results)
+        for (metric, split), by_nfe in best.items():
+            tied = by_nfe.get(f"{point.nfe:g}", [])
+            place = ("best" if len(tied) == 1 else "tied") if point in tied else None
+            row["metrics"][metric][split]["place"] = place
+        rows.append(row)
+    reference = results.reference
+    manifest = {key: value for key, value in results.manifest.items() if key not in ("schema", "cells")}
+    return {
+        "schema": SCHEMA,
+        "complete": results.missing == 0,
+        "missing_cells": results.missing,
+        "damaged_cells": list(results.damaged),
+        "headline": headline(results, results.metrics[0], results.splits[0]) if results.metrics else None,
+        "run": manifest,
+        "reference": _row(reference, results) if reference else None,
+        "points": rows,
+    }
+
+
+def _row(point: Point, results: Results) -> dict[str, Any]:
+    first = point.cells[0]["result"]
+    metrics: dict[str, Any] = {}
+    for metric in results.metrics:
+        metrics[metric] = {}
+        for split in results.splits:
+            distance = point.distance(metric, split)
+            estimates = point.estimates(metric, split).values()
+            metrics[metric][split] = {
+                "value": distance.value,
+                "se": distance.se,
+                "plain": math.fsum(e.plain for e in estimates) / len(estimates),
+                "reliable": all(e.reliable for e in estimates),
+                "seeds": {str(seed): e.to_dict() for seed, e in point.estimates(metric, split).items()},
+            }
+    memory = [c["result"]["memorisation"] for c in point.cells if c["result"]["memorisation"]]
+    row = {
+        "label": point.label,
+        "solver": point.solver,
+        "grid": point.grid,
+        "steps": point.steps,
+        "n": first["n"],
+        "seeds": [cell["seed"] for cell in point.cells],
+        "nfe": point.nfe,
+        "rows_per_sample": point.mean("rows_per_sample"),
+        "seconds_per_sample": point.seconds_per_sample,
+        "rmse": point.mean("rmse"),
+        "rmse_median": point.mean("rmse_median"),
+        "stochastic": first["stochastic"],
+        "metrics": metrics,
+        "memorisation": {k: statistics.fmean(m[k] for m in memory) for k in ("ratio", "copies")}
+        if memory
+        else None,
+        "plan": first["plan"],
+        "notes": first["notes"],
+    }
+    if "half_steps_rmse" in first:
+        row["half_steps_rmse"] = point.mean("half_steps_rmse")
+        row["half_steps_rmse_median"] = point.mean("half_steps_rmse_median")
+    return row
+
+
+def to_csv(data: dict[str, Any]) -> str:
+    """results.csv: one line a point, one column a number."""
+    fixed = (
+        "label",
+        "solver",
+        "grid",
+        "steps",
+        "nfe",
+        "rows_per_sample",
+        "seconds_per_sample",
+        "n",
+        "rmse",
+        "rmse_median",
+    )
+    run = data["run"]
+    pairs = [(metric, split) for metric in run["metrics"] for split in run["splits"]]
+    header = [*fixed, "memorisation_ratio", "copies"]
+    header += [f"{metric}_{split}{suffix}" for metric, split in pairs for suffix in ("", "_se", "_place")]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    for row in data["points"]:
+        memory = row["memorisation"] or {}
+        writer.writerow(
+            [
+                *(row[key] for key in fixed),
+                memory.get("ratio"),
+                memory.get("copies"),
+                *_flat(row["metrics"][metric][split] for metric, split in pairs),
+            ]
+        )
+    return buffer.getvalue()
+
+
+def _flat(entries: Iterable[dict[str, Any]]) -> list[Any]:
+    return [entry[key] for entry in entries for key in ("value", "se", "place")]

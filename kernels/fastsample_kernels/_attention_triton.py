@@ -1,0 +1,900 @@
+"""Triton kernels of softmax attention, and the functions that set up their launches. The maths is in attention.py.
+
+Head dims need not be powers of two: the columns of every tile come in two power-of-two parts, D1 + D2 >= D
+(40 = 32 + 16, 80 = 64 + 16, 160 = 128 + 32), so that little is padded. Scores live in the log2 domain,
+``p = exp2(z - m)`` with ``z = log2(e) * (scale * q k^T + bias)``. Every output has one writer and a fixed order of
+summation: results are deterministic.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import Launch, accumulator_dtype, interpreting
+from .attention import Tiles, split_head_dim
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+# --- pieces ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load(
+    ptr,
+    stride,
+    rows_left,
+    ROWS: tl.constexpr,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Columns START .. START + WIDTH of ROWS consecutive rows; zero outside of the tensor."""
+    r = tl.arange(0, ROWS)[:, None]
+    c = START + tl.arange(0, WIDTH)[None, :]
+    p = ptr + r * stride + c
+    if EVEN and START + WIDTH <= D:
+        tile = tl.load(p)
+    elif EVEN:
+        tile = tl.load(p, mask=c < D, other=0.0)
+    elif START + WIDTH <= D:
+        tile = tl.load(p, mask=r < rows_left, other=0.0)
+    else:
+        tile = tl.load(p, mask=(r < rows_left) & (c < D), other=0.0)
+    return tile
+
+
+@triton.jit
+def _store(
+    ptr,
+    stride,
+    rows_left,
+    tile,
+    ROWS: tl.constexpr,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+):
+    r = tl.arange(0, ROWS)[:, None]
+    c = START + tl.arange(0, WIDTH)[None, :]
+    tl.store(ptr + r * stride + c, tile.to(ptr.dtype.element_ty), mask=(r < rows_left) & (c < D))
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    if UPCAST:  # the interpreter would multiply the bit patterns of bfloat16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def _dot_rows(a1, a2, b1, b2, acc, D2: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a b^T of two tiles of rows, over both parts of the head dim."""
+    acc = _dot(a1, tl.trans(b1), acc, PRECISION, UPCAST)
+    if D2 > 0:
+        acc = _dot(a2, tl.trans(b2), acc, PRECISION, UPCAST)
+    return acc
+
+
+@triton.jit
+def _logits(
+    s,
+    scale,
+    BIAS,
+    i,
+    j,
+    Lq,
+    Lk,
+    stride_bi,
+    stride_bj,
+    KIND: tl.constexpr,
+    BIAS_PER_QUERY: tl.constexpr,
+    TAIL: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """z = log2(e) * (scale * s + bias), and -inf where masked. Indices i (queries) and j (keys) broadcast."""
+    z = s * (scale * _LOG2E)
+    if KIND != "none":
+        if BIAS_PER_QUERY:
+            b = tl.load(BIAS + i.to(tl.int64) * stride_bi + j * stride_bj, mask=(i < Lq) & (j < Lk), other=0)
+        else:
+            b = tl.load(BIAS + j * stride_bj, mask=j < Lk, other=0)
+        if KIND == "mask":
+            z = tl.where(b, z, float("-inf"))
+        else:
+            z += b.to(z.dtype) * _LOG2E
+    if TAIL:
+        z = tl.where(j < Lk, z, float("-inf"))
+    if CAUSAL:
+        z = tl.where(j <= i, z, float("-inf"))
+    return z
+
+
+@triton.jit
+def _softmax_step(m, z, MAY_BE_EMPTY: tl.constexpr):
+    """Online softmax: new maximum m', p = exp2(z - m') and the factor exp2(m - m') of what was summed so far."""
+    m_new = tl.maximum(m, tl.max(z, 1))
+    if MAY_BE_EMPTY:  # -inf - (-inf) is NaN
+        m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
+    else:
+        m_ref = m_new
+    return m_new, tl.exp2(z - m_ref[:, None]), tl.exp2(m - m_ref)
+
+
+@triton.jit
+def _tile_of(H, TILES, REVERSE: tl.constexpr):
+    """This program's (tile, batch, head). Neighbours share a head, so that its keys stay in the cache."""
+    pid = tl.program_id(0)
+    tile = pid % TILES
+    if REVERSE:  # causal: the longest first
+        tile = TILES - 1 - tile
+    bh = pid // TILES
+    return tile, bh, (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+
+
+@triton.jit
+def _key_range(tile, Lk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """(middle, end): key tiles below ``middle`` need no mask; those up to ``end`` cross an edge."""
+    end = Lk
+    middle = Lk // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        end = tl.minimum(Lk, (tile + 1) * BLOCK_M)
+        middle = tl.minimum(middle, (tile * BLOCK_M + 1) // BLOCK_N * BLOCK_N)
+    return middle, end
+
+
+# --- forward --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _forward_loop(
+    acc1,
+    acc2,
+    m,
+    l,
+    q1,
+    q2,
+    K,
+    V,
+    BIAS,
+    i,
+    lo,
+    hi,
+    Lq,
+    Lk,
+    stride_k,
+    stride_v,
+    stride_bi,
+    stride_bj,
+    scale,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr,
+    BIAS_PER_QUERY: tl.constexpr,
+    EDGE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    K += tl.cast(lo, tl.int64) * stride_k
+    V += tl.cast(lo, tl.int64) * stride_v
+    for start in tl.range(lo, hi, BLOCK_N):
+        k1 = _load(K, stride_k, Lk - start, BLOCK_N, 0, D1, D, not EDGE)
+        k2 = k1
+        if D2 > 0:
+            k2 = _load(K, stride_k, Lk - start, BLOCK_N, D1, D2, D, not EDGE)
+        s = _dot_rows(q1, q2, k1, k2, tl.zeros([BLOCK_M, BLOCK_N], l.dtype), D2, PRECISION, UPCAST)
+        j = start + tl.arange(0, BLOCK_N)[None, :]
+        z = _logits(
+            s, scale, BIAS, i, j, Lq, Lk, stride_bi, stride_bj, KIND, BIAS_PER_QUERY, EDGE, EDGE and CAUSAL
+        )
+        m, p, alpha = _softmax_step(m, z, EDGE or KIND != "none")
+        l = l * alpha + tl.sum(p, 1)
+        v1 = _load(V, stride_v, Lk - start, BLOCK_N, 0, D1, D, not EDGE)
+        p = p.to(v1.dtype)
+        acc1 = _dot(p, v1, acc1 * alpha[:, None], PRECISION, UPCAST)
+        if D2 > 0:
+            v2 = _load(V, stride_v, Lk - start, BLOCK_N, D1, D2, D, not EDGE)
+            acc2 = _dot(p, v2, acc2 * alpha[:, None], PRECISION, UPCAST)
+        K += BLOCK_N * stride_k
+        V += BLOCK_N * stride_v
+    return acc1, acc2, m, l
+
+
+@triton.jit
+def attention_forward_kernel(
+    Q,
+    K,
+    V,
+    BIAS,
+    O,
+    LSE,
+    stride_qb,
+    stride_qh,
+    stride_q,
+    stride_kb,
+    stride_kh,
+    stride_k,
+    stride_vb,
+    stride_vh,
+    stride_v,
+    stride_bb,
+    stride_bh,
+    stride_bi,
+    stride_bj,
+    stride_ob,
+    stride_oh,
+    stride_o,
+    H,
+    Lq,
+    Lk,
+    tiles,
+    scale,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr,
+    BIAS_PER_QUERY: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    tile, bh, b, h = _tile_of(H, tiles, CAUSAL)
+    start_m = tl.cast(tile * BLOCK_M, tl.int64)
+    K += b * stride_kb + h * stride_kh
+    V += b * stride_vb + h * stride_vh
+    BIAS_bh = BIAS
+    if KIND != "none":
+        BIAS_bh += b * stride_bb + h * stride_bh
+    Q += b * stride_qb + h * stride_qh + start_m * stride_q
+    q1 = _load(Q, stride_q, Lq - start_m, BLOCK_M, 0, D1, D, False)
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tl.full([BLOCK_M], float("-inf"), ACC)
+    l = tl.zeros([BLOCK_M], ACC)
+    acc1 = tl.zeros([BLOCK_M, D1], ACC)
+    q2 = q1  # placeholders, unused when D2 == 0
+    acc2 = acc1
+    if D2 > 0:
+        q2 = _load(Q, stride_q, Lq - start_m, BLOCK_M, D1, D2, D, False)
+        acc2 = tl.zeros([BLOCK_M, D2], ACC)
+
+    middle, end = _key_range(tile, Lk, BLOCK_M, BLOCK_N, CAUSAL)
+    if not ONE_TILE:
+        acc1, acc2, m, l = _forward_loop(
+            acc1, acc2, m, l, q1, q2, K, V, BIAS_bh, i[:, None], 0, middle, Lq, Lk,
+            stride_k, stride_v, stride_bi, stride_bj, scale,
+            D, D1, D2, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, False, CAUSAL, PRECISION, UPCAST,
+        )  # fmt: skip
+    if CAUSAL or not EVEN_N:
+        acc1, acc2, m, l = _forward_loop(
+            acc1, acc2, m, l, q1, q2, K, V, BIAS_bh, i[:, None], middle, end, Lq, Lk,
+            stride_k, stride_v, stride_bi, stride_bj, scale,
+            D, D1, D2, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, True, CAUSAL, PRECISION, UPCAST,
+        )  # fmt: skip
+
+    # A row with every key masked gives zeros, and lse = +inf makes its p = 0 in the backward pass.
+    empty = l == 0
+    l = tl.where(empty, 1.0, l)
+    lse = tl.where(empty, float("inf"), m + tl.log2(l))
+    tl.store(LSE + tl.cast(bh, tl.int64) * Lq + i, lse, mask=i < Lq)
+    O += b * stride_ob + h * stride_oh + start_m * stride_o
+    _store(O, stride_o, Lq - start_m, acc1 / l[:, None], BLOCK_M, 0, D1, D)
+    if D2 > 0:
+        _store(O, stride_o, Lq - start_m, acc2 / l[:, None], BLOCK_M, D1, D2, D)
+
+
+# --- backward -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dq_loop(
+    dq1,
+    dq2,
+    q1,
+    q2,
+    do1,
+    do2,
+    lse,
+    delta,
+    K,
+    V,
+    BIAS,
+    i,
+    lo,
+    hi,
+    Lq,
+    Lk,
+    stride_k,
+    stride_v,
+    stride_bi,
+    stride_bj,
+    scale,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr,
+    BIAS_PER_QUERY: tl.constexpr,
+    EDGE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    K += tl.cast(lo, tl.int64) * stride_k
+    V += tl.cast(lo, tl.int64) * stride_v
+    for start in tl.range(lo, hi, BLOCK_N):
+        k1 = _load(K, stride_k, Lk - start, BLOCK_N, 0, D1, D, not EDGE)
+        v1 = _load(V, stride_v, Lk - start, BLOCK_N, 0, D1, D, not EDGE)
+        k2 = k1
+        v2 = v1
+        if D2 > 0:
+            k2 = _load(K, stride_k, Lk - start, BLOCK_N, D1, D2, D, not EDGE)
+            v2 = _load(V, stride_v, Lk - start, BLOCK_N, D1, D2, D, not EDGE)
+        zero = tl.zeros([BLOCK_M, BLOCK_N], lse.dtype)
+        s = _dot_rows(q1, q2, k1, k2, zero, D2, PRECISION, UPCAST)
+        j = start + tl.arange(0, BLOCK_N)[None, :]
+        z = _logits(
+            s, scale, BIAS, i, j, Lq, Lk, stride_bi, stride_bj, KIND, BIAS_PER_QUERY, EDGE, EDGE and CAUSAL
+        )
+        p = tl.exp2(z - lse[:, None])
+        dp = _dot_rows(do1, do2, v1, v2, zero, D2, PRECISION, UPCAST)
+        ds = (p * (dp - delta[:, None])).to(k1.dtype)
+        dq1 = _dot(ds, k1, dq1, PRECISION, UPCAST)
+        if D2 > 0:
+            dq2 = _dot(ds, k2, dq2, PRECISION, UPCAST)
+        K += BLOCK_N * stride_k
+        V += BLOCK_N * stride_v
+    return dq1, dq2
+
+
+@triton.jit
+def attention_dq_kernel(
+    Q,
+    K,
+    V,
+    BIAS,
+    O,
+    LSE,
+    DO,
+    DELTA,
+    DQ,
+    stride_qb,
+    stride_qh,
+    stride_q,
+    stride_kb,
+    stride_kh,
+    stride_k,
+    stride_vb,
+    stride_vh,
+    stride_v,
+    stride_bb,
+    stride_bh,
+    stride_bi,
+    stride_bj,
+    stride_ob,
+    stride_oh,
+    stride_o,
+    stride_dob,
+    stride_doh,
+    stride_do,
+    stride_dqb,
+    stride_dqh,
+    stride_dq,
+    H,
+    Lq,
+    Lk,
+    tiles,
+    scale,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr,
+    BIAS_PER_QUERY: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """dq, and delta = sum(o * do) for the kernel of dk and dv."""
+    tile, bh, b, h = _tile_of(H, tiles, CAUSAL)
+    start_m = tl.cast(tile * BLOCK_M, tl.int64)
+    left = Lq - start_m
+    K += b * stride_kb + h * stride_kh
+    V += b * stride_vb + h * stride_vh
+    BIAS_bh = BIAS
+    if KIND != "none":
+        BIAS_bh += b * stride_bb + h * stride_bh
+    Q += b * stride_qb + h * stride_qh + start_m * stride_q
+    O += b * stride_ob + h * stride_oh + start_m * stride_o
+    DO += b * stride_dob + h * stride_doh + start_m * stride_do
+    DQ += b * stride_dqb + h * stride_dqh + start_m * stride_dq
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.cast(bh, tl.int64) * Lq + i
+
+    q1 = _load(Q, stride_q, left, BLOCK_M, 0, D1, D, False)
+    do1 = _load(DO, stride_do, left, BLOCK_M, 0, D1, D, False)
+    delta = tl.sum(_load(O, stride_o, left, BLOCK_M, 0, D1, D, False).to(ACC) * do1.to(ACC), 1)
+    dq1 = tl.zeros([BLOCK_M, D1], ACC)
+    q2 = q1  # placeholders, unused when D2 == 0
+    do2 = do1
+    dq2 = dq1
+    if D2 > 0:
+        q2 = _load(Q, stride_q, left, BLOCK_M, D1, D2, D, False)
+        do2 = _load(DO, stride_do, left, BLOCK_M, D1, D2, D, False)
+        delta += tl.sum(_load(O, stride_o, left, BLOCK_M, D1, D2, D, False).to(ACC) * do2.to(ACC), 1)
+        dq2 = tl.zeros([BLOCK_M, D2], ACC)
+    tl.store(DELTA + rows, delta, mask=i < Lq)
+    lse = tl.load(LSE + rows, mask=i < Lq, other=float("inf"))
+
+    middle, end = _key_range(tile, Lk, BLOCK_M, BLOCK_N, CAUSAL)
+    if not ONE_TILE:
+        dq1, dq2 = _dq_loop(
+            dq1, dq2, q1, q2, do1, do2, lse, delta, K, V, BIAS_bh, i[:, None], 0, middle, Lq, Lk,
+            stride_k, stride_v, stride_bi, stride_bj, scale,
+            D, D1, D2, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, False, CAUSAL, PRECISION, UPCAST,
+        )  # fmt: skip
+    if CAUSAL or not EVEN_N:
+        dq1, dq2 = _dq_loop(
+            dq1, dq2, q1, q2, do1, do2, lse, delta, K, V, BIAS_bh, i[:, None], middle, end, Lq, Lk,
+            stride_k, stride_v, stride_bi, stride_bj, scale,
+            D, D1, D2, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, True, CAUSAL, PRECISION, UPCAST,
+        )  # fmt: skip
+
+    _store(DQ, stride_dq, left, dq1 * scale, BLOCK_M, 0, D1, D)
+    if D2 > 0:
+        _store(DQ, stride_dq, left, dq2 * scale, BLOCK_M, D1, D2, D)
+
+
+@triton.jit
+def _dkdv_loop(
+    dk1,
+    dk2,
+    dv1,
+    dv2,
+    db,
+    k1,
+    k2,
+    v1,
+    v2,
+    Q,
+    DO,
+    LSE,
+    DELTA,
+    BIAS,
+    DBIAS,
+    j,
+    lo,
+    hi,
+    Lq,
+    Lk,
+    stride_q,
+    stride_do,
+    stride_bi,
+    stride_bj,
+    scale,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr,
+    BIAS_PER_QUERY: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Tiles are (keys, queries), so that p^T and ds^T come out as the products want them."""
+    Q += tl.cast(lo, tl.int64) * stride_q
+    DO += tl.cast(lo, tl.int64) * stride_do
+    for start in tl.range(lo, hi, BLOCK_M):
+        q1 = _load(Q, stride_q, Lq - start, BLOCK_M, 0, D1, D, EVEN_M)
+        do1 = _load(DO, stride_do, Lq - start, BLOCK_M, 0, D1, D, EVEN_M)
+        q2 = q1
+        do2 = do1
+        if D2 > 0:
+            q2 = _load(Q, stride_q, Lq - start, BLOCK_M, D1, D2, D, EVEN_M)
+            do2 = _load(DO, stride_do, Lq - start, BLOCK_M, D1, D2, D, EVEN_M)
+        i = start + tl.arange(0, BLOCK_M)
+        # lse = +inf makes p = 0 in rows beyond the last.
+        lse = tl.load(LSE + i, mask=i < Lq, other=float("inf"))
+        delta = tl.load(DELTA + i, mask=i < Lq, other=0.0)
+        i = i[None, :]
+        zero = tl.zeros([BLOCK_N, BLOCK_M], dk1.dtype)
+        s = _dot_rows(k1, k2, q1, q2, zero, D2, PRECISION, UPCAST)
+        # Keys beyond the last need no mask: each fills its own row of dk and dv, which is not stored.
+        z = _logits(s, scale, BIAS, i, j, Lq, Lk, stride_bi, stride_bj, KIND, BIAS_PER_QUERY, False, CAUSAL)
+        p = tl.exp2(z - lse[None, :])
+        pc = p.to(do1.dtype)
+        dv1 = _dot(pc, do1, dv1, PRECISION, UPCAST)
+        if D2 > 0:
+            dv2 = _dot(pc, do2, dv2, PRECISION, UPCAST)
+        dp = _dot_rows(v1, v2, do1, do2, zero, D2, PRECISION, UPCAST)
+        ds = p * (dp - delta[None, :])
+        if BIAS_GRAD == "per_key":
+            db += tl.sum(ds, 1)
+        elif BIAS_GRAD == "full":
+            tl.store(DBIAS + i.to(tl.int64) * Lk + j, ds, mask=(i < Lq) & (j < Lk))
+        ds = ds.to(q1.dtype)
+        dk1 = _dot(ds, q1, dk1, PRECISION, UPCAST)
+        if D2 > 0:
+            dk2 = _dot(ds, q2, dk2, PRECISION, UPCAST)
+        Q += BLOCK_M * stride_q
+        DO += BLOCK_M * stride_do
+    return dk1, dk2, dv1, dv2, db
+
+
+@triton.jit
+def attention_dkdv_kernel(
+    Q,
+    K,
+    V,
+    BIAS,
+    LSE,
+    DO,
+    DELTA,
+    DK,
+    DV,
+    DBIAS,
+    stride_qb,
+    stride_qh,
+    stride_q,
+    stride_kb,
+    stride_kh,
+    stride_k,
+    stride_vb,
+    stride_vh,
+    stride_v,
+    stride_bb,
+    stride_bh,
+    stride_bi,
+    stride_bj,
+    stride_dob,
+    stride_doh,
+    stride_do,
+    stride_dkb,
+    stride_dkh,
+    stride_dk,
+    stride_dvb,
+    stride_dvh,
+    stride_dv,
+    H,
+    Lq,
+    Lk,
+    tiles,
+    scale,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr,
+    BIAS_PER_QUERY: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """dk and dv of one tile of keys, and where asked the gradient of the bias."""
+    tile, bh, b, h = _tile_of(H, tiles, False)
+    bh = tl.cast(bh, tl.int64)
+    start_n = tl.cast(tile * BLOCK_N, tl.int64)
+    left = Lk - start_n
+    Q += b * stride_qb + h * stride_qh
+    DO += b * stride_dob + h * stride_doh
+    LSE += bh * Lq
+    DELTA += bh * Lq
+    BIAS_bh = BIAS
+    if KIND != "none":
+        BIAS_bh += b * stride_bb + h * stride_bh
+    DBIAS_bh = DBIAS
+    if BIAS_GRAD == "full":
+        DBIAS_bh += bh * Lq * Lk
+    K += b * stride_kb + h * stride_kh + start_n * stride_k
+    V += b * stride_vb + h * stride_vh + start_n * stride_v
+    DK += b * stride_dkb + h * stride_dkh + start_n * stride_dk
+    DV += b * stride_dvb + h * stride_dvh + start_n * stride_dv
+    j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    k1 = _load(K, stride_k, left, BLOCK_N, 0, D1, D, False)
+    v1 = _load(V, stride_v, left, BLOCK_N, 0, D1, D, False)
+    dk1 = tl.zeros([BLOCK_N, D1], ACC)
+    dv1 = tl.zeros([BLOCK_N, D1], ACC)
+    db = tl.zeros([BLOCK_N], ACC)
+    k2 = k1  # placeholders, unused when D2 == 0
+    v2 = v1
+    dk2 = dk1
+    dv2 = dv1
+    if D2 > 0:
+        k2 = _load(K, stride_k, left, BLOCK_N, D1, D2, D, False)
+        v2 = _load(V, stride_v, left, BLOCK_N, D1, D2, D, False)
+        dk2 = tl.zeros([BLOCK_N, D2], ACC)
+        dv2 = tl.zeros([BLOCK_N, D2], ACC)
+
+    lo = 0
+    if CAUSAL:  # queries before the first key see none of these; those on the diagonal need the mask
+        lo = tile * BLOCK_N // BLOCK_M * BLOCK_M
+        middle = tl.minimum(tl.cdiv((tile + 1) * BLOCK_N - 1, BLOCK_M) * BLOCK_M, Lq)
+        dk1, dk2, dv1, dv2, db = _dkdv_loop(
+            dk1, dk2, dv1, dv2, db, k1, k2, v1, v2, Q, DO, LSE, DELTA, BIAS_bh, DBIAS_bh, j[:, None], lo, middle,
+            Lq, Lk, stride_q, stride_do, stride_bi, stride_bj, scale,
+            D, D1, D2, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, BIAS_GRAD, EVEN_M, True, PRECISION, UPCAST,
+        )  # fmt: skip
+        lo = tl.maximum(lo, tl.cdiv((tile + 1) * BLOCK_N - 1, BLOCK_M) * BLOCK_M)
+    dk1, dk2, dv1, dv2, db = _dkdv_loop(
+        dk1, dk2, dv1, dv2, db, k1, k2, v1, v2, Q, DO, LSE, DELTA, BIAS_bh, DBIAS_bh, j[:, None], lo, Lq,
+        Lq, Lk, stride_q, stride_do, stride_bi, stride_bj, scale,
+        D, D1, D2, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, BIAS_GRAD, EVEN_M, False, PRECISION, UPCAST,
+    )  # fmt: skip
+
+    _store(DK, stride_dk, left, dk1 * scale, BLOCK_N, 0, D1, D)
+    _store(DV, stride_dv, left, dv1, BLOCK_N, 0, D1, D)
+    if D2 > 0:
+        _store(DK, stride_dk, left, dk2 * scale, BLOCK_N, D1, D2, D)
+        _store(DV, stride_dv, left, dv2, BLOCK_N, D1, D2, D)
+    if BIAS_GRAD == "per_key":
+        tl.store(DBIAS + bh * Lk + j, db, mask=j < Lk)
+
+
+# --- forward-mode derivative ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _jvp_loop(
+    acc1,
+    acc2,
+    tacc1,
+    tacc2,
+    m,
+    l,
+    r,
+    q1,
+    q2,
+    tq1,
+    tq2,
+    K,
+    V,
+    TK,
+    TV,
+    BIAS,
+    i,
+    lo,
+    hi,
+    Lq,
+    Lk,
+    stride_k,
+    stride_v,
+    stride_tk,
+    stride_tv,
+    stride_bi,
+    stride_bj,
+    scale,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr,
+    BIAS_PER_QUERY: tl.constexpr,
+    EDGE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_TQ: tl.constexpr,
+    HAS_TK: tl.constexpr,
+    HAS_TV: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    K += tl.cast(lo, tl.int64) * stride_k
+    V += tl.cast(lo, tl.int64) * stride_v
+    if HAS_TK:
+        TK += tl.cast(lo, tl.int64) * stride_tk
+    if HAS_TV:
+        TV += tl.cast(lo, tl.int64) * stride_tv
+    for start in tl.range(lo, hi, BLOCK_N):
+        left = Lk - start
+        zero = tl.zeros([BLOCK_M, BLOCK_N], l.dtype)
+        k1 = _load(K, stride_k, left, BLOCK_N, 0, D1, D, not EDGE)
+        k2 = k1
+        if D2 > 0:
+            k2 = _load(K, stride_k, left, BLOCK_N, D1, D2, D, not EDGE)
+        s = _dot_rows(q1, q2, k1, k2, zero, D2, PRECISION, UPCAST)
+        ts = zero
+        if HAS_TQ:
+            ts = _dot_rows(tq1, tq2, k1, k2, ts, D2, PRECISION, UPCAST)
+        if HAS_TK:
+            tk1 = _load(TK, stride_tk, left, BLOCK_N, 0, D1, D, not EDGE)
+            tk2 = tk1
+            if D2 > 0:
+                tk2 = _load(TK, stride_tk, left, BLOCK_N, D1, D2, D, not EDGE)
+            ts = _dot_rows(q1, q2, tk1, tk2, ts, D2, PRECISION, UPCAST)
+        j = start + tl.arange(0, BLOCK_N)[None, :]
+        z = _logits(
+            s, scale, BIAS, i, j, Lq, Lk, stride_bi, stride_bj, KIND, BIAS_PER_QUERY, EDGE, EDGE and CAUSAL
+        )
+        m, p, alpha = _softmax_step(m, z, EDGE or KIND != "none")
+        l = l * alpha + tl.sum(p, 1)
+        v1 = _load(V, stride_v, left, BLOCK_N, 0, D1, D, not EDGE)
+        v2 = v1
+        if D2 > 0:
+            v2 = _load(V, stride_v, left, BLOCK_N, D1, D2, D, not EDGE)
+        pc = p.to(v1.dtype)
+        acc1 = _dot(pc, v1, acc1 * alpha[:, None], PRECISION, UPCAST)
+        tacc1 = tacc1 * alpha[:, None]
+        if D2 > 0:
+            acc2 = _dot(pc, v2, acc2 * alpha[:, None], PRECISION, UPCAST)
+            tacc2 = tacc2 * alpha[:, None]
+        if HAS_TQ or HAS_TK:
+            tp = p * (ts * scale)
+            r = r * alpha + tl.sum(tp, 1)
+            tp = tp.to(v1.dtype)
+            tacc1 = _dot(tp, v1, tacc1, PRECISION, UPCAST)
+            if D2 > 0:
+                tacc2 = _dot(tp, v2, tacc2, PRECISION, UPCAST)
+        if HAS_TV:
+            tv1 = _load(TV, stride_tv, left, BLOCK_N, 0, D1, D, not EDGE)
+            tacc1 = _dot(pc, tv1, tacc1, PRECISION, UPCAST)
+            if D2 > 0:
+                tv2 = _load(TV, stride_tv, left, BLOCK_N, D1, D2, D, not EDGE)
+                tacc2 = _dot(pc, tv2, tacc2, PRECISION, UPCAST)
+            TV += BLOCK_N * stride_tv
+        K += BLOCK_N * stride_k
+        V += BLOCK_N * stride_v
+        if HAS_TK:
+            TK += BLOCK_N * stride_tk
+    return acc1, acc2, tacc1, tacc2, m, l, r
+
+
+@triton.jit
+def attention_jvp_kernel(
+    Q,
+    K,
+    V,
+    BIAS,
+    TQ,
+    TK,
+    TV,
+    O,
+    TO,
+    LSE,
+    stride_qb,
+    stride_qh,
+    stride_q,
+    stride_kb,
+    stride_kh,
+    stride_k,
+    stride_vb,
+    stride_vh,
+    stride_v,
+    stride_bb,
+    stride_bh,
+    stride_bi,
+    stride_bj,
+    stride_tqb,
+    stride_tqh,
+    stride_tq,
+    stride_tkb,
+    stride_tkh,
+    stride_tk,
+    stride_tvb,
+    stride_tvh,
+    stride_tv,
+    stride_ob,
+    stride_oh,
+    stride_o,
+    stride_tob,
+    stride_toh,
+    stride_to,
+    H,
+    Lq,
+    Lk,
+    tiles,
+    scale,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr,
+    BIAS_PER_QUERY: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_TQ: tl.constexpr,
+    HAS_TK: tl.constexpr,
+    HAS_TV: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Output and tangent in one pass over the keys (Lu & Song 2024, "Simplifying, stabilizing and scaling
+    continuous-time consistency models", appendix F)."""
+    tile, bh, b, h = _tile_of(H, tiles, CAUSAL)
+    start_m = tl.cast(tile * BLOCK_M, tl.int64)
+    left = Lq - start_m
+    K += b * stride_kb + h * stride_kh
+    V += b * stride_vb + h * stride_vh
+    TK_bh = TK
+    TV_bh = TV
+    BIAS_bh = BIAS
+    if HAS_TK:
+        TK_bh += b * stride_tkb + h * stride_tkh
+    if HAS_TV:
+        TV_bh += b * stride_tvb + h * stride_tvh
+    if KIND != "none":
+        BIAS_bh += b * stride_bb + h * stride_bh
+    Q += b * stride_qb + h * stride_qh + start_m * stride_q
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tl.full([BLOCK_M], float("-inf"), ACC)
+    l = tl.zeros([BLOCK_M], ACC)
+    r = tl.zeros([BLOCK_M], ACC)
+    q1 = _load(Q, stride_q, left, BLOCK_M, 0, D1, D, False)
+    acc1 = tl.zeros([BLOCK_M, D1], ACC)
+    tacc1 = tl.zeros([BLOCK_M, D1], ACC)
+    q2 = q1  # placeholders, unused when D2 == 0 or there is no tangent of q
+    tq1 = q1
+    tq2 = q1
+    acc2 = acc1
+    tacc2 = acc1
+    if D2 > 0:
+        q2 = _load(Q, stride_q, left, BLOCK_M, D1, D2, D, False)
+        acc2 = tl.zeros([BLOCK_M, D2], ACC)
+        tacc2 = tl.zeros([BLOCK_M, D2], ACC)
+    if HAS_TQ:
+        TQ_bh = TQ + (b * stride_tqb + h * stride_tqh + start_m * stride_tq)
+        tq1 = _load(TQ_bh, stride_tq, left, BLOCK_M, 0, D1, D, False)
+        if D2 > 0:
+            tq2 = _load(TQ_bh, stride_tq, left, BLOCK_M, D1, D2, D, False)
+
+    middle, end = _key_range(tile, Lk, BLOCK_M, BLOCK_N, CAUSAL)
+    if not ONE_TILE:
+        acc1, acc2, tacc1, tacc2, m, l, r = _jvp_loop(
+            acc1, acc2, tacc1, tacc2, m, l, r, q1, q2, tq1, tq2, K, V, TK_bh, TV_bh, BIAS_bh, i[:, None], 0, middle,
+            Lq, Lk, stride_k, stride_v, stride_tk, stride_tv, stride_bi, stride_bj, scale,
+            D, D1, D2, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, False, CAUSAL, HAS_TQ, HAS_TK, HAS_TV,
+            PRECISION, UPCAST,
+        )  # fmt: skip
+    if CAUSAL or not EVEN_N:
+        acc1, acc2, tacc1, tacc2, m, l, r = _jvp_loop(
+            acc1, acc2, tacc1, tacc2, m, l, r, q1, q2, tq1, tq2, K, V, TK_bh, TV_bh, BIAS_bh, i[:, None], middle, end,
+            Lq, Lk, stride_k, stride_v, stride_tk, stride_tv, stride_bi, stride_bj, scale,
+            D, D1, D2, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, True, CAUSAL, HAS_TQ, HAS_TK, HAS_TV,
+            PRECISION, UPCAST,
+        )  # fmt: skip
+
+    empty = l == 0
+    l = tl.where(empty, 1.0, l)
+    lse = tl.where(empty, float("inf"), m + tl.log2(l))
+    tl.store(LSE + tl.cast(bh, tl.int64) * Lq + i, lse, mask=i < Lq)
+    O += b * stride_ob + h * stride_oh + start_m * stride_o
+    TO += b * stride_tob + h * stride_toh + start_m * stride_to
+    # to = (tacc - r o) / l
+    o1 = acc1 / l[:, None]
+    _store(O, stride_o, left, o1, BLOCK_M, 0, D1, D)
+    _store(TO, stride_to, left, (tacc1 - r[:, None] * o1) / l[:, None], BLOCK_M, 0, D1, D)
+    if D2 > 0:
+        o2 = acc2 / l[:, None]
+        _store(O, stride_o, left, o2, BLOCK_M, D1, D2, D)
+        _store(TO, stride_to, left, (tacc2 - r[:, None] * o2) / l[:, None], BLOCK_M, D1, D2, D)

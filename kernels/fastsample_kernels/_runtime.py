@@ -1,0 +1,179 @@
+"""What every kernel shares: where Triton can run and why not, forward-mode tangents, batching, allocation.
+
+Version-dependent behaviour of PyTorch and Triton is handled in this file only. Triton itself is imported at the
+first launch: the Triton functions of a kernel live in ``_<name>_triton.py``, which its launcher imports.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# Triton reads the variable when a kernel is defined, so a later change would not reach it either.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+MIN_CAPABILITY = (8, 0)
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+_explainers: dict[str, Callable[..., str]] = {}
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _why_not_device(device_type: str, index: int) -> str | None:
+    """Why Triton cannot run on a device; a constant for ``torch.compile``."""
+    if not _has_triton():
+        return "triton is not installed"
+    if device_type == "cpu":
+        return None if INTERPRET else "CPU tensors run in plain torch (TRITON_INTERPRET=1 interprets the kernels)"
+    if device_type != "cuda" or torch.version.hip is not None:
+        return f"no kernels for device {device_type!r}{' (ROCm)' if torch.version.hip else ''}"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    return None
+
+
+def why_not(*tensors: Tensor | None) -> str | None:
+    """Why Triton cannot run on these tensors, or None when it can.
+
+    Devices: CUDA of compute capability 8.0 or newer, and the CPU under Triton's interpreter. Data types: float16,
+    bfloat16, float32; float64 under the interpreter only.
+    """
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        device = tensor.device
+        reason = _why_not_device(device.type, device.index or 0)
+        if reason is not None:
+            return reason
+        if tensor.dtype not in (*LOW_PRECISION, torch.float32) and not (
+            INTERPRET and tensor.dtype == torch.float64
+        ):
+            return f"no kernels for {tensor.dtype}"
+        if tensor.numel() == 0:
+            return "a tensor is empty"
+    return None
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Number of streaming multiprocessors; that of an H100 under the interpreter."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type that statistics and sums are kept in: float32, or float64 for float64 tensors."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Every output and every scratch buffer of a kernel is allocated here (tests poison it)."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def on_device(tensor: Tensor) -> Any:
+    """Context: Triton launches on the current device, which must be the tensor's."""
+    return torch.cuda.device_of(tensor)
+
+
+# -- forward-mode derivatives --------------------------------------------------------------------------------
+
+
+def unpack_duals(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None] | None]:
+    """Primals and tangents; ``(tensors, None)`` where no tensor carries a tangent.
+
+    Operators made by ``torch.library.custom_op`` drop tangents silently, so wrappers take them off before the
+    operator and put them back after it (:func:`make_dual`).
+    """
+    if forward_ad._current_level < 0:
+        return list(tensors), None
+    pairs = [(None, None) if t is None else forward_ad.unpack_dual(t) for t in tensors]
+    if all(tangent is None for _, tangent in pairs):
+        return list(tensors), None
+    return [primal for primal, _ in pairs], [tangent for _, tangent in pairs]
+
+
+def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    """The tensor with its tangent."""
+    return forward_ad.make_dual(primal, tangent)
+
+
+def refuse_duals(name: str, *tensors: Tensor | None) -> None:
+    """Raise where forward-mode tangents reach an operator that has no forward-mode rule.
+
+    Raises:
+        NotImplementedError: some tensor carries a tangent (a derivative of the backward pass was asked for).
+    """
+    if unpack_duals(tensors)[1] is not None:
+        raise NotImplementedError(
+            f"forward-mode derivative of {name}: second derivatives are not implemented in the kernels; "
+            "run the plain modules there (unpatch the model)"
+        )
+
+
+# -- vmap ----------------------------------------------------------------------------------------------------
+
+
+def fold(tensor: Tensor | None, dim: int | None, size: int, inner: int | None = None) -> Tensor | None:
+    """A vmapped tensor with the mapped dimension folded into the batch: (B, ...) -> (size * B, ...).
+
+    Args:
+        tensor: as the operator would see it, with the mapped dimension at ``dim`` (None: not mapped).
+        dim: position of the mapped dimension.
+        size: of the mapped dimension.
+        inner: the batch B of the call; given for tensors that all of the batch shares, (C,), which then become
+            (size * B, C) where they are mapped and stay as they are otherwise.
+    """
+    if tensor is None or (inner is not None and dim is None):
+        return tensor
+    mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    if inner is not None:
+        mapped = mapped[:, None].expand(size, inner, *mapped.shape[1:])
+    return mapped.reshape(size * mapped.shape[1], *mapped.shape[2:])
+
+
+def unfold(tensor: Tensor, size: int) -> Tensor:
+    """(size * B, ...) -> (size, B, ...)."""
+    return tensor.reshape(size, tensor.shape[0] // size, *tensor.shape[1:])
+
+
+# -- explain -------------------------------------------------------------------------------------------------
+
+
+def explains(name: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
+    """Register the function that answers :func:`explain` for the kernel ``name``."""
+
+    def register(function: Callable[..., str]) -> Callable[..., str]:
+        _explainers[name] = function
+        return function
+
+    return register
+
+
+def explain(kernel: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """What a call would run: the kernel with its tiles, or plain torch and why.
+
+    Args:
+        kernel: the function or its name, e.g. ``group_norm`` or ``"group_norm"``.
+        *args, **kwargs: those of the call that the question is about. Nothing is computed.
+
+    Raises:
+        ValueError: no such kernel.
+    """
+    name = kernel if isinstance(kernel, str) else getattr(kernel, "__name__", repr(kernel))
+    if name not in _explainers:
+        raise ValueError(f"kernel={name!r} is not one of {', '.join(sorted(_explainers))}")
+    return _explainers[name](*args, **kwargs)
