@@ -144,7 +144,13 @@ class Builder:
         return Expr({("z", self._streams): 1.0})
 
     def predict(
-        self, state: Expr, space: str, *, t_in: TimeLike | None = None, step: Scalar | None = None
+        self,
+        state: Expr,
+        space: str,
+        *,
+        t_in: TimeLike | None = None,
+        step: Scalar | None = None,
+        sigma_data: float = 1.0,
     ) -> Expr:
         """Evaluate the network at a state and give its prediction ``m`` in ``space``.
 
@@ -153,12 +159,13 @@ class Builder:
             space: "x0", "eps", "v" or "flow".
             t_in: the time told to the network, by default the state's own, kept to times it was trained at.
             step: a step size also told to the network (shortcut models).
+            sigma_data: ``m`` is that of the data divided by ``sigma_data``.
         """
         j = self._index(state)
         t = self.time_of(state)
         if j == 0 or j != len(self._rows) or "net" in self._rows[-1]:
             self.state(state, t)  # an evaluation belongs to the newest row
-        p, q = coefficients(self.prediction, self.alpha(t), self.sigma(t), space)
+        p, q = coefficients(self.prediction, self.alpha(t), self.sigma(t), space, sigma_data)
         told = self.process.network_time(t) if t_in is None else as_time(t_in)
         self._rows[-1]["net"] = {"space": space, "t_in": told, "p": p, "q": q, "step": step}
         return Expr({("m", len(self._rows) - 1): 1.0})
@@ -193,17 +200,20 @@ class Builder:
         numbers: list[Number] = []
         for item in self._rows:
             terms = {a: c for a, c in item["value"].terms.items() if isinstance(c, Tensor) or c != 0.0}
-            reads = {kind: [(i, terms[k, i]) for k, i in sorted(terms) if k == kind] for kind in "xmz"}
+            states, predictions, noises = (tuple(sorted(i for k, i in terms if k == kind)) for kind in "xmz")
             net = item.get("net")
             offset = len(numbers)
-            numbers += [c for kind in "xmz" for _, c in reads[kind]]
+            for kind, indices in (("x", states), ("m", predictions), ("z", noises)):
+                numbers += [terms[kind, i] for i in indices]
             numbers += [_number(v) for v in (item["t"], self.alpha(item["t"]), self.sigma(item["t"]))]
             sized = net is not None and net["step"] is not None
             if net is not None:
                 numbers += [_number(net[k]) for k in ("t_in", "p", "q", *(("step",) if sized else ()))]
             rows.append(
                 Row(
-                    *(tuple(i for i, _ in reads[kind]) for kind in "xmz"),
+                    states,
+                    predictions,
+                    noises,
                     evaluates=net is not None,
                     space=net["space"] if net else None,
                     sized=sized,

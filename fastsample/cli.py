@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import sys
 import textwrap
@@ -72,23 +73,53 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     register()
     overrides = _checked(command, rest)
-    task = _task(command, f"fastsample {shlex.join([command, *rest])}")
+    task = _task(command, f"fastsample {shlex.join([command, *rest])}", debugging=_debugging())
     sys.argv = [f"fastsample {command}", *overrides]
     # a package of its own: any folder of `fastsample` (solvers, ...) would be taken for a config group
-    hydra.main(version_base="1.3", config_path="pkg://fastsample.conf", config_name=command)(task)()
+    application = hydra.main(version_base="1.3", config_path="pkg://fastsample.conf", config_name=command)(
+        task
+    )
+    if _debugging():
+        application()
+    else:
+        _report_errors(command, application)
 
 
-def _task(command: str, line: str) -> Callable[[DictConfig], None]:
+def _debugging() -> bool:
+    """Whether the user asks for tracebacks, by Hydra's variable."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def _report_errors(command: str, application: Callable[[], None]) -> None:
+    """Run a Hydra application; a fault of the settings becomes one line, any other keeps its traceback."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra prints what it catches otherwise
+    try:
+        application()
+    except YAMLError as error:
+        _fail(command, f"a configuration file is not YAML: {' '.join(str(error).split())}")
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = [line for e in (error, error.__cause__) if e is not None for line in str(e).splitlines()]
+        reasons = [
+            line for line in lines if line and not line.startswith(" ")
+        ]  # the rest is OmegaConf's detail
+        if key := re.search(r"Key '(.+?)' not in", " ".join(reasons)):
+            reasons.append(nearest(key[1], [name for name, *_ in _settings(COMMANDS[command])]))
+        _fail(command, "; ".join(dict.fromkeys(reasons)))
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _task(command: str, line: str, debugging: bool) -> Callable[[DictConfig], None]:
     def task(settings: DictConfig) -> None:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
         from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
 
-        try:
-            config: Any = OmegaConf.to_object(settings)
-        except OmegaConfBaseException as error:
-            _fail(command, str(error))
+        config: Any = OmegaConf.to_object(settings)
         hydra_config = HydraConfig.get()
         if hydra_config.mode == RunMode.MULTIRUN:
             config.out = hydra_config.runtime.output_dir
@@ -98,7 +129,7 @@ def _task(command: str, line: str) -> Callable[[DictConfig], None]:
             _RUN[command](config, line)
         except (UserError, OSError) as error:
             disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
-            if os.environ.get("HYDRA_FULL_ERROR") == "1" or not (isinstance(error, UserError) or disk_full):
+            if debugging or not (isinstance(error, UserError) or disk_full):
                 raise
             _fail(command, f"out={config.out}: {error}; free some space" if disk_full else str(error))
 

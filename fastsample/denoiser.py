@@ -1,4 +1,4 @@
-"""Denoisers: any callable network with the meaning of its input and output, its conditions and its guidance."""
+"""Denoisers: any callable network with the meaning of its input and output, conditions and guidance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .errors import unknown
 from .prediction import canonical, coefficients
-from .process import Process, TimeLike, as_time
+from .process import Process, TimeLike
 
 TimeInput = str | Callable[[Tensor, Process], Tensor]
 
@@ -31,7 +31,7 @@ _TIME_INPUTS: dict[str, Callable[[Tensor, Process], Tensor]] = {
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance, ``out = null + scale (cond - null)`` (Ho & Salimans 2022, eq. 6, w = scale - 1).
+    """Classifier-free guidance, ``out = null + scale (cond - null)`` (Ho & Salimans 2022, eq. 6).
 
     Attributes:
         scale: 1 is the conditional model alone; it then costs no second evaluation.
@@ -55,8 +55,8 @@ class Guidance:
             raise ValueError(f"rescale={self.rescale!r} must lie in [0, 1]")
         if self.scale != 1 and not self.null:
             raise ValueError(
-                f"guidance scale={self.scale!r} needs null={{...}}: the conditions of the unconditional evaluation, "
-                'for instance null={"labels": 10}'
+                f"guidance scale={self.scale!r} needs null={{...}}: the conditions of the unconditional "
+                'evaluation, for instance null={"labels": 10}'
             )
 
     def acts(self, rho: float) -> bool:
@@ -70,32 +70,69 @@ def _is_per_sample(value: Any, batch: int) -> bool:
 
 def select(conditions: Any, samples: slice, total: int) -> Any:
     """The part of nested conditions that belongs to some samples; shared values are kept whole."""
-    return tree_map(lambda v: v[samples] if _is_per_sample(v, total) else v, conditions)
+
+    def is_prompts(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == total and all(isinstance(v, str) for v in value)
+
+    def part(value: Any) -> Any:
+        return value[samples] if _is_per_sample(value, total) or is_prompts(value) else value
+
+    return tree_map(part, conditions, is_leaf=is_prompts)
 
 
-def _as_tensors(conditions: Any, device: torch.device) -> Any:
+def as_conditions(
+    conditions: Mapping[str, Any], device: torch.device, total: int | None = None
+) -> dict[str, Any]:
+    """Conditions as the network gets them: arrays become tensors on its device, the structure stays.
+
+    Args:
+        conditions: by name, of any nesting.
+        device: where the network is.
+        total: the number of samples of the whole call; flat lists of so many numbers become tensors too.
+    """
+
+    def is_labels(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == total and all(map(_is_number, value))
+
     def convert(value: Any) -> Any:
-        if isinstance(value, np.ndarray):
-            value = torch.from_numpy(value)
+        if isinstance(value, np.ndarray) or is_labels(value):
+            value = torch.as_tensor(value)
         return value.to(device) if isinstance(value, Tensor) else value
 
-    return tree_map(convert, conditions)
+    return {key: tree_map(convert, value, is_leaf=is_labels) for key, value in conditions.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, np.generic))
+
+
+def _matched(cond: Any, null: Any, batch: int, device: torch.device) -> tuple[Any, Any]:
+    """Both with one value for each sample wherever either has, so that they can be stacked."""
+    if _is_number(cond) and _is_number(null):  # one label for all
+        return torch.full((batch,), cond, device=device), torch.full((batch,), null, device=device)
+    a, spec = tree_flatten(cond)
+    b, other = tree_flatten(null)
+    if spec != other:
+        return cond, null
+    for i, (c, u) in enumerate(zip(a, b, strict=True)):
+        if _is_per_sample(c, batch):
+            b[i] = _spread(u, c)
+        elif _is_per_sample(u, batch):
+            a[i] = _spread(c, u)
+        elif isinstance(c, Tensor) and isinstance(u, Tensor) and c.shape == u.shape and c.shape[:1] == (1,):
+            a[i], b[i] = (v.expand(batch, *v.shape[1:]) for v in (c, u))
+    return tree_unflatten(a, spec), tree_unflatten(b, spec)
 
 
 def _doubled(cond: Any, null: Any, batch: int) -> Any:
-    """Null and conditional values stacked along the batch, or None where a value cannot be stacked."""
+    """Null and conditional values stacked along the batch, or None where they cannot be."""
     a, spec_a = tree_flatten(null)
     b, spec_b = tree_flatten(cond)
     if spec_a != spec_b:
         return None
     leaves = []
     for u, c in zip(a, b, strict=True):
-        if _is_per_sample(c, batch) or _is_per_sample(u, batch):
-            reference = c if _is_per_sample(c, batch) else u
-            u = _spread(u, reference)
-            c = _spread(c, reference)
-            if u is None or c is None:
-                return None
+        if _is_per_sample(c, batch) and _is_per_sample(u, batch) and c.shape == u.shape:
             leaves.append(torch.cat([u, c]))
         elif u is c or (not isinstance(u, Tensor) and not isinstance(c, Tensor) and u == c):
             leaves.append(c)
@@ -104,16 +141,13 @@ def _doubled(cond: Any, null: Any, batch: int) -> Any:
     return tree_unflatten(leaves, spec_b)
 
 
-def _spread(value: Any, like: Tensor) -> Tensor | None:
-    """A number or a single sample's value, repeated for the batch."""
+def _spread(value: Any, like: Tensor) -> Any:
+    """A number or a single sample's value, repeated for the batch; other shapes stay."""
     if isinstance(value, (int, float)):
         return torch.full_like(like, value)
-    if isinstance(value, Tensor):
-        if value.shape == like.shape:
-            return value.to(like)
-        if value.shape in (like.shape[1:], (1, *like.shape[1:])):
-            return value.to(like).expand_as(like)
-    return None
+    if isinstance(value, Tensor) and value.shape in (like.shape, like.shape[1:], (1, *like.shape[1:])):
+        return value.to(like).expand_as(like)
+    return value
 
 
 @dataclass(frozen=True)
@@ -121,7 +155,7 @@ class Denoiser:
     """A network with its meaning; made by :func:`wrap`.
 
     Attributes:
-        net: ``net(x, t, **conditions) -> tensor`` (or an object with ``.sample``, or a tuple whose first it is).
+        net: ``net(x, t, **conditions) -> tensor`` (or an object with ``.sample``, or a tuple that starts so).
         process: the noise process.
         prediction: what the output means.
         guidance: classifier-free guidance, or None.
@@ -147,10 +181,10 @@ class Denoiser:
         return dataclasses.replace(self, **changes)
 
     def guided(self, scale: float, **settings: Any) -> Denoiser:
-        """The same model under classifier-free guidance (settings as in :class:`Guidance`)."""
-        if "null" not in settings and self.guidance is not None:
-            settings["null"] = self.guidance.null
-        return self.replace(guidance=Guidance(scale, **settings))
+        """The same model under classifier-free guidance; settings as in :class:`Guidance`, others stay."""
+        if self.guidance is None:
+            return self.replace(guidance=Guidance(scale, **settings))
+        return self.replace(guidance=dataclasses.replace(self.guidance, scale=scale, **settings))
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +197,11 @@ class Denoiser:
     def told(self, t: Tensor) -> Tensor:
         """What the network is told at time ``t`` (float64 in and out)."""
         function = _TIME_INPUTS[self.time_input] if isinstance(self.time_input, str) else self.time_input
-        return function(t, self.process)
+        told = function(t, self.process)
+        if not isinstance(told, Tensor) or told.shape != t.shape:
+            got = tuple(told.shape) if isinstance(told, Tensor) else type(told).__name__
+            raise ValueError(f"time_input={function!r} gave {got} for times of shape {tuple(t.shape)}")
+        return told
 
     def time_dtype(self, state: torch.dtype) -> torch.dtype:
         """The dtype of the network's time: integers for networks with a table, else that of the state."""
@@ -179,14 +217,18 @@ class Denoiser:
         return Bound(self, batch, conditions, device)
 
     def __call__(self, x: Tensor, t: TimeLike, **conditions: Any) -> Tensor:
-        """The predicted clean sample of ``x`` (B, ...) at time ``t`` (a number)."""
-        time = as_time(t)
+        """The predicted clean sample of ``x`` (B, ...) at time ``t`` (a number).
+
+        Where the network knows only some times, ``t`` is moved to the nearest of them.
+        """
+        time = self.process.snap(t)
         if time.ndim:
             raise ValueError(f"t has shape {tuple(time.shape)}; give one number for the whole batch")
         alpha, sigma = self.process.alpha(time), self.process.sigma(time)
         p, q = coefficients(self.prediction, alpha, sigma, "x0")
-        told = self.told(time).to(x.device, self.time_dtype(x.dtype)).expand(x.shape[0])
-        bound = self.bind(x.shape[0], conditions, x.device)
+        told = self.told(self.process.network_time(time))
+        told = told.to(x.device, self.time_dtype(x.dtype)).expand(x.shape[0])
+        bound = self.bind(x.shape[0], as_conditions(conditions, x.device, x.shape[0]), x.device)
         return float(p) * x + float(q) * bound(x, told, float(sigma / alpha))
 
 
@@ -199,29 +241,27 @@ class Bound:
         self.denoiser, self.batch = denoiser, batch
         self.rows_per_sample = 0  # network rows so far, for each sample
         self.evaluations = 0
-        given = _as_tensors({**denoiser.conditions, **conditions}, device)
-        self.cond = given
+        self.cond = as_conditions({**denoiser.conditions, **conditions}, device)
         self.null: dict[str, Any] | None = None
         self.both: dict[str, Any] | None = None
         guidance = denoiser.guidance
-        if guidance is not None and guidance.scale != 1:
-            self.null = {**given, **_as_tensors(dict(guidance.null), device)}
-            for key in guidance.null:
-                if key not in given:
-                    raise ValueError(
-                        f"guidance has null={key!r} but the call has no condition {key!r}; pass {key}=..., or use "
-                        "guidance=None for unconditional samples"
-                    )
-                if _is_per_sample(given[key], batch):
-                    spread = _spread(self.null[key], given[key])
-                    self.null[key] = self.null[key] if spread is None else spread
-            if guidance.batched:
-                self.both = _doubled(given, self.null, batch)
-                if self.both is None:
-                    raise ValueError(
-                        "the conditions and guidance.null cannot be stacked into one doubled batch (their shapes "
-                        "or structures differ); use Guidance(..., batched=False)"
-                    )
+        if guidance is None or guidance.scale == 1:
+            return
+        self.null = dict(self.cond)
+        for key, null in as_conditions(guidance.null, device).items():
+            if key not in self.cond:
+                raise ValueError(
+                    f"guidance has null={key!r} but the call has no condition {key!r}; pass {key}=..., or "
+                    "use guidance=None for unconditional samples"
+                )
+            self.cond[key], self.null[key] = _matched(self.cond[key], null, batch, device)
+        if guidance.batched:
+            self.both = _doubled(self.cond, self.null, batch)
+            if self.both is None:
+                raise ValueError(
+                    "the conditions and guidance.null cannot be stacked into one doubled batch (their shapes "
+                    "or structures differ); use Guidance(..., batched=False)"
+                )
 
     def _call(self, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> Tensor:
         denoiser = self.denoiser
@@ -257,17 +297,18 @@ class Bound:
             self.rows_per_sample += 1
             return self._call(x, t, {**self.cond, **extra})
         self.rows_per_sample += 2
+        # In the state's precision: the difference is amplified. The null output is used before the network is
+        # called again, since a network may overwrite its output.
         if self.both is not None:
             if step is not None:
                 extra = {"step": torch.cat([step, step])}
             both = self._call(torch.cat([x, x]), torch.cat([t, t]), {**self.both, **extra})
-            null, cond = both.chunk(2)
+            null, cond = both.to(x.dtype).chunk(2)
+            out = (1 - guidance.scale) * null
         else:
-            null = self._call(x, t, {**self.null, **extra})
-            cond = self._call(x, t, {**self.cond, **extra})
-        # low-precision networks: the difference is amplified, so combine in the state's precision
-        null, cond = null.to(x.dtype), cond.to(x.dtype)
-        out = torch.lerp(null, cond, guidance.scale)
+            out = (1 - guidance.scale) * self._call(x, t, {**self.null, **extra}).to(x.dtype)
+            cond = self._call(x, t, {**self.cond, **extra}).to(x.dtype)
+        out = out + guidance.scale * cond
         if guidance.rescale:
             dims = tuple(range(1, out.ndim))
             ratio = cond.std(dim=dims, keepdim=True) / out.std(dim=dims, keepdim=True)
@@ -296,10 +337,10 @@ def wrap(
         prediction: "eps", "x0", "v", "flow" or "score".
         guidance: classifier-free guidance.
         time_input: what the network is told: "t" (the process's own units, the default), "1000t", "1-t",
-            "sigma" (sigma/alpha), "log_sigma", "c_noise" (log sigma / 4), "lam" (half log-SNR), or a function
-            ``(t, process) -> time`` on float64 tensors.
-        quantize: for networks with a table of times: True for the integers 0..N-1 of a discrete process, or the
-            times themselves. The solver's sigma is snapped too.
+            "sigma" (sigma/alpha), "log_sigma", "c_noise" (log sigma / 4), "lam" (half log-SNR), or a
+            function ``(t, process) -> time`` on float64 tensors.
+        quantize: for networks with a table of times: True for the integers 0..N-1 of a discrete process, or
+            the times themselves. The solver's sigma is snapped too.
         learned_variance: drop the second half of the output's channels.
         dtype: the network's precision; by default that of its parameters. The state stays float32 or wider.
         conditions: conditions common to all calls.
@@ -319,8 +360,8 @@ def wrap(
     if quantize is True:
         if process.t_start != round(process.t_start) or process.t_zero != -1:
             raise ValueError(
-                f"quantize=True needs a process with integer times, not {process!r}; give the network's times "
-                "themselves: quantize=[...]"
+                f"quantize=True needs a process with integer times, not {process!r}; give the times that the "
+                "network knows: quantize=[...]"
             )
         process = process.quantized(torch.arange(int(process.t_start) + 1))
     elif quantize is not False:

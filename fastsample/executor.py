@@ -126,12 +126,12 @@ def _program(plan: Plan, owned: bool, hooked: bool) -> _Program:
     return _cached(plan, ("program", owned, hooked), lambda: _compile(plan, owned, hooked))
 
 
-def _x0_pairs(plan: Plan) -> tuple[tuple[float, float] | None, ...]:
-    """For each row that evaluates, ``(p, q)`` with ``x0 = p x + q out``."""
+def _x0_pairs(plan: Plan) -> tuple[tuple[float, float], ...]:
+    """``(p, q)`` of each row that evaluates, where ``x0 = p x + q out``; zeros for the others."""
 
-    def pair(row: Row, v: RowValues) -> tuple[float, float] | None:
+    def pair(row: Row, v: RowValues) -> tuple[float, float]:
         if not row.evaluates:
-            return None
+            return 0.0, 0.0
         p, q = coefficients(plan.prediction, as_time(v.alpha), as_time(v.sigma), "x0")
         return float(p), float(q)
 
@@ -142,10 +142,10 @@ def _x0_pairs(plan: Plan) -> tuple[tuple[float, float] | None, ...]:
 def _compile(plan: Plan, owned: bool, hooked: bool) -> _Program:
     """Assigns states and predictions to as few buffers as their life times allow.
 
-    A prediction ``m = p x + q out`` that only the next row reads is never written: its row adds ``p`` to the
-    state's coefficient and ``q`` to the output's. One that lives longer is stored as ``m / q`` in one pass, and
-    ``q`` goes into the coefficients that use it. Storing copies: a network may overwrite its output when called
-    again.
+    A prediction ``m = p x + q out`` that only the next row reads is never written: that row adds ``p`` to
+    its state's coefficient and ``q`` to the output's. One that lives longer is stored as ``m / q`` in one
+    pass, and ``q`` goes into the coefficients that use it. It is always a copy: a network may overwrite its
+    output when called again.
     """
     rows, values, n = plan.rows, plan.values, len(plan.rows)
     same = [0]  # state -> the earliest state that it is a copy of
@@ -154,13 +154,13 @@ def _compile(plan: Plan, owned: bool, hooked: bool) -> _Program:
     pairs = [(v.p, v.q) for v in values]
     acts = [False] * n
     if hooked:
-        for r, pair in enumerate(_x0_pairs(plan)):
+        for r, (p0, q0) in enumerate(_x0_pairs(plan)):
             # Where x0 does not depend on the output (no noise), there is nothing that a hook could change.
-            if pair is not None and pair[1] != 0:
+            if q0 != 0:
                 acts[r] = True
                 p, q = pairs[r]
                 # m as a function of the state and the changed clean prediction
-                pairs[r] = (p - q * pair[0] / pair[1], q / pair[1])
+                pairs[r] = (p - q * p0 / q0, q / q0)
     kept = {k for r, row in enumerate(rows) for k in row.predictions if r > k + 1}
     scale = {k: q if p and q else 1.0 for k, (p, q) in enumerate(pairs) if k in kept}
 
@@ -243,7 +243,7 @@ def _combine(target: int, terms: list[tuple[int, float]]) -> list[Instruction]:
 
 
 def buffers_needed(plan: Plan) -> int:
-    """State-sized buffers alive at once, the input's included, besides the network's output and working memory."""
+    """State-sized buffers alive at once with the input's, besides what the network itself makes."""
     return _program(plan, True, False).buffers + plan.stochastic
 
 
@@ -261,6 +261,14 @@ def _times(plan: Plan, run: Run, x: Tensor, column: str) -> list[Tensor]:
     else:
         dtype = x.dtype
     return [t.expand(x.shape[0]) for t in known.to(x.device, dtype).unbind()]
+
+
+def _hooked(hook: Hook, x0: Tensor, at: At) -> Tensor:
+    changed = hook(x0, at)
+    if not isinstance(changed, Tensor) or changed.shape != x0.shape:
+        got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+        raise ValueError(f"the hook {hook!r} returned {got} for a clean sample of shape {tuple(x0.shape)}")
+    return changed.to(x0.dtype)
 
 
 # -- running -------------------------------------------------------------------------------------------------
@@ -319,7 +327,7 @@ def execute(
             if line.hooked:
                 at = At(r, v.t, v.alpha, v.sigma, state, run.samples)
                 for hook in run.hooks:
-                    x0 = hook(x0, at)
+                    x0 = _hooked(hook, x0, at)
                 out = x0
             if run.callback:
                 run.callback(Step(r, nfe, v.t, v.alpha, v.sigma, state, x0, run.samples))
@@ -381,7 +389,7 @@ def execute_differentiable(
             if run.hooks and float(qx):
                 at = At(r, known.t, known.alpha, known.sigma, state, run.samples)
                 for hook in run.hooks:
-                    x0 = hook(x0, at)
+                    x0 = _hooked(hook, x0, at)
                 out, p, q = x0, p - q * px / qx, q / qx
             if run.callback:
                 run.callback(Step(r, nfe, known.t, known.alpha, known.sigma, state, x0, run.samples))

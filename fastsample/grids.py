@@ -1,9 +1,9 @@
 """Time grids: plain float64 arrays, made by functions.
 
-A grid function gives ``steps + 1`` times from ``start`` (noisy) to the end. ``end="sigma_min"`` ends at the least
-noisy time the network was trained at; ``end="zero"`` ends where sigma is zero. Grids in a coordinate that reaches
-zero noise (uniform, quadratic, ..) go straight there; those in a logarithm place ``steps`` points down to
-sigma_min and append zero, as EDM does.
+A grid function gives ``steps + 1`` times from ``start`` (noisy) to the end. ``end="sigma_min"`` ends at the
+least noisy time the network was trained at; ``end="zero"`` ends where sigma is zero. Grids in a coordinate
+that reaches zero noise (uniform, quadratic, ..) go straight there; those in a logarithm place ``steps``
+points down to sigma_min and append zero, as EDM does.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def make(
 
 
 def check(times: TimeLike, process: Process) -> Tensor:
-    """A grid that is sound: one-dimensional, finite, within the process, strictly monotone; snapped to levels.
+    """A grid that is sound: one-dimensional, finite, within the process, strictly monotone; snapped.
 
     Raises:
         ValueError: naming the first offending entry.
@@ -124,8 +124,13 @@ def check(times: TimeLike, process: Process) -> Tensor:
     return grid
 
 
-def _ends(process: Process, start: float, end: str, zero: float) -> tuple[float, float]:
-    return start, (zero if end == "zero" else process.t_end)
+def _between(process: Process, start: float, end: str, fraction: Tensor) -> Tensor:
+    """Times at a fraction (1 to 0) of the way from the end to the start, in the uniform grids' coordinate."""
+    last = process.t_zero if end == "zero" else process.t_end
+    u = process.uniform_of_t(torch.tensor([start, last], dtype=torch.float64)).tolist()
+    t = process.t_of_uniform(u[1] + (u[0] - u[1]) * fraction)
+    t[0], t[-1] = start, last  # exactly
+    return t
 
 
 def _line(first: float, last: float, count: int) -> Tensor:
@@ -153,9 +158,7 @@ def _finite_lam(process: Process, t: float) -> float:
 @register("uniform")
 def uniform(process: Process, steps: int, start: float, end: str) -> Tensor:
     """Uniform in the process's own time (for flows: before the shift)."""
-    first, last = _ends(process, start, end, process.t_zero)
-    u = process.uniform_of_t(torch.tensor([first, last], dtype=torch.float64)).tolist()
-    return process.t_of_uniform(_line(u[0], u[1], steps + 1))
+    return _between(process, start, end, _line(1.0, 0.0, steps + 1))
 
 
 @register("power")
@@ -163,9 +166,7 @@ def power(process: Process, steps: int, start: float, end: str, exponent: float 
     """``t_i = t_end + (t_start - t_end) (1 - i/n)^exponent``: finer towards the data for exponent > 1."""
     if not exponent > 0:
         raise ValueError(f"exponent={exponent!r} must be positive")
-    first, last = _ends(process, start, end, process.t_zero)
-    u = process.uniform_of_t(torch.tensor([first, last], dtype=torch.float64)).tolist()
-    return process.t_of_uniform(u[1] + (u[0] - u[1]) * _line(1.0, 0.0, steps + 1) ** exponent)
+    return _between(process, start, end, _line(1.0, 0.0, steps + 1) ** exponent)
 
 
 @register("quadratic")
@@ -189,7 +190,7 @@ def logsnr(process: Process, steps: int, start: float, end: str) -> Tensor:
 
 @register("exponential")
 def exponential(process: Process, steps: int, start: float, end: str) -> Tensor:
-    """Geometric in ``sigma / alpha`` (k-diffusion's ``get_sigmas_exponential``); the same points as logsnr."""
+    """Geometric in ``sigma / alpha`` (k-diffusion's ``get_sigmas_exponential``): the points of logsnr."""
     return logsnr(process, steps, start, end)
 
 
@@ -208,6 +209,25 @@ def karras(process: Process, steps: int, start: float, end: str, rho: float = 7.
     return _with_zero(process, steps, end, _single(points, start))
 
 
+@register("logistic")
+def logistic(
+    process: Process, steps: int, start: float, end: str, power: float = 0.75, center: float = 0.75
+) -> Tensor:
+    """Uniform in ``r^p / (r^p + c^p)`` with ``r = sigma / alpha``: a logistic function of the log-SNR.
+
+    Densest around the noise level ``center``, where images form; finite at both ends of every process.
+    """
+    if not (power > 0 and center > 0):
+        raise ValueError(f"power={power!r}, center={center!r} must be positive")
+    last = process.t_zero if end == "zero" else process.t_end
+    z = torch.sigmoid(
+        -power * (process.lam(torch.tensor([start, last], dtype=torch.float64)) + math.log(center))
+    )
+    inner = _line(float(z[0]), float(z[1]), steps + 1)[1:-1]
+    times = process.t_of_lam(-torch.logit(inner) / power - math.log(center))
+    return torch.cat([torch.tensor([start]).double(), times, torch.tensor([last]).double()])
+
+
 @register("beta")
 def beta(process: Process, steps: int, start: float, end: str, a: float = 0.6, b: float = 0.6) -> Tensor:
     """Quantiles of a Beta distribution over time, dense at both ends (Lee et al. 2024, "Beta sampling")."""
@@ -215,33 +235,27 @@ def beta(process: Process, steps: int, start: float, end: str, a: float = 0.6, b
 
     if not (a > 0 and b > 0):
         raise ValueError(f"a={a!r}, b={b!r} must be positive")
-    first, last = _ends(process, start, end, process.t_zero)
-    u = process.uniform_of_t(torch.tensor([first, last], dtype=torch.float64)).tolist()
-    quantiles = torch.from_numpy(distribution.ppf(np.linspace(1.0, 0.0, steps + 1), a, b))
-    return process.t_of_uniform(u[1] + (u[0] - u[1]) * quantiles)
+    quantiles = distribution.ppf(np.linspace(1.0, 0.0, steps + 1), a, b)
+    return _between(process, start, end, torch.from_numpy(quantiles))
 
 
 @register("sigmoid")
 def sigmoid(process: Process, steps: int, start: float, end: str, sharpness: float = 3.0) -> Tensor:
-    """Logistic in time, ``sigmoid(k (1 - 2 i/n))`` rescaled to [0, 1]: sparse in the middle, dense at both ends."""
+    """Logistic in time, ``sigmoid(k (1 - 2 i/n))`` rescaled to [0, 1]: dense at both ends."""
     if not sharpness > 0:
         raise ValueError(f"sharpness={sharpness!r} must be positive")
-    first, last = _ends(process, start, end, process.t_zero)
-    u = process.uniform_of_t(torch.tensor([first, last], dtype=torch.float64)).tolist()
     s = torch.sigmoid(sharpness * _line(1.0, -1.0, steps + 1))
-    s = (s - s[-1]) / (s[0] - s[-1])
-    return process.t_of_uniform(u[1] + (u[0] - u[1]) * s)
+    return _between(process, start, end, (s - s[-1]) / (s[0] - s[-1]))
 
 
-# -- the index grids of discrete models ------------------------------------------------------------------------
+# -- the index grids of discrete models ----------------------------------------------------------------------
 
 
-def _indices(process: Process, name: str) -> int:
+def _discrete(process: Process, name: str) -> None:
     if process.t_zero != -1.0:
         raise ValueError(
             f"grid={name!r} is for discrete processes with indices 0..N-1, not {process!r}; use 'uniform'"
         )
-    return int(process.t_start) + 1
 
 
 def _to_end(process: Process, evaluated: Tensor, end: str) -> Tensor:
@@ -251,37 +265,38 @@ def _to_end(process: Process, evaluated: Tensor, end: str) -> Tensor:
 
 @register("linspace")
 def linspace(process: Process, steps: int, start: float, end: str) -> Tensor:
-    """``linspace`` spacing of DDPM indices: ``steps + 1`` rounded points from ``start`` to 0, without the last."""
-    _indices(process, "linspace")
+    """``linspace`` spacing: ``steps + 1`` rounded indices from ``start`` to 0, without the last."""
+    _discrete(process, "linspace")
     return _to_end(process, _line(start, 0.0, steps + 1).round()[:-1], end)
 
 
 @register("leading")
 def leading(process: Process, steps: int, start: float, end: str, offset: int = 0) -> Tensor:
-    """``leading`` spacing: multiples of ``N // steps`` counted from index ``offset`` (DDIM's original grid)."""
-    count = _indices(process, "leading")
-    indices = torch.arange(steps, dtype=torch.float64) * ((round(start) + 1) // steps) + offset
+    """``leading`` spacing: multiples of ``N // steps`` from index ``offset`` (DDIM's original grid).
+
+    With ``end="sigma_min"`` it has one interval fewer where index 0 is among them.
+    """
+    _discrete(process, "leading")
+    count = round(start) + 1
     if steps > count:
-        raise ValueError(f"steps={steps} exceeds the {count} indices of the model")
-    indices = indices.flip(0)
-    if end == "sigma_min":
-        if indices[-1] <= 0:
-            indices = indices[:-1]
-        return torch.cat([indices, torch.zeros(1, dtype=torch.float64)])
+        raise ValueError(f"steps={steps} exceeds the {count} indices of the model from start={start:g} on")
+    indices = (torch.arange(steps, dtype=torch.float64) * (count // steps) + offset).flip(0)
+    if end == "sigma_min" and indices[-1] <= 0:
+        indices = indices[:-1]
     return _to_end(process, indices, end)
 
 
 @register("trailing")
 def trailing(process: Process, steps: int, start: float, end: str) -> Tensor:
     """``trailing`` spacing: ``round((N) (1 - i/steps)) - 1`` (Lin et al. 2024, table 2)."""
-    _indices(process, "trailing")
+    _discrete(process, "trailing")
     indices = (torch.arange(steps, 0, -1, dtype=torch.float64) * (start + 1) / steps).round() - 1
     if end == "sigma_min" and indices[-1] <= 0:
         indices = indices[:-1]
     return _to_end(process, indices, end)
 
 
-# -- Align Your Steps -----------------------------------------------------------------------------------------
+# -- Align Your Steps ----------------------------------------------------------------------------------------
 
 # Noise levels sigma/alpha of the optimised 10-step schedules that Sabour et al. 2024 ("Align Your Steps",
 # quickstart guide) publish; other numbers of steps are interpolated in log sigma, as the guide does.
@@ -313,5 +328,5 @@ def _ays(process: Process, steps: int, start: float, end: str, model: str) -> Te
 
 @register("ays")
 def ays(process: Process, steps: int, start: float, end: str, model: str = "sd15") -> Tensor:
-    """Align Your Steps (Sabour et al. 2024): the published noise levels of ``model`` ("sd15", "sdxl", "svd")."""
+    """Align Your Steps (Sabour et al. 2024): the published levels of ``model`` ("sd15", "sdxl", "svd")."""
     return _ays(process, steps, start, end, model)

@@ -69,7 +69,7 @@ class DynamicThreshold:
             raise ValueError(f"floor={self.floor!r}, ceiling={self.ceiling!r}: need 0 < floor <= ceiling")
 
     def __call__(self, x0: Tensor, at: At) -> Tensor:
-        # kthvalue with linear interpolation: torch.quantile refuses more than 2^24 elements
+        # a quantile with linear interpolation; torch.quantile refuses more than 2^24 elements
         flat = x0.flatten(1).abs().sort(dim=1).values
         position = self.ratio * (flat.shape[1] - 1)
         low = int(position)
@@ -83,7 +83,7 @@ class DynamicThreshold:
 class Inpaint:
     """Keep what is known: ``x0 = mask * known + (1 - mask) * x0``.
 
-    ``mask`` (1 = known) and ``known`` broadcast against a sample, or have one entry for each sample of the call.
+    ``mask`` (1 = known) and ``known`` broadcast against a sample, or have one entry a sample of the call.
     """
 
     mask: Tensor

@@ -42,18 +42,20 @@ class PeakBytes(TorchDispatchMode):
         self.live -= self._seen.pop(key, 0)
 
 
-def network_bytes(denoiser: Denoiser, like: Tensor, conditions: dict[str, Any], t: float) -> int:
+def network_bytes(
+    denoiser: Denoiser, like: Tensor, conditions: dict[str, Any], t_in: float, rho: float
+) -> int:
     """Peak bytes that one evaluation of one sample makes besides its input.
 
     Args:
         denoiser: the model.
         like: a state of one sample (1, ...), for shape, dtype and device.
         conditions: the conditions of one sample.
-        t: a time to evaluate at.
+        t_in: the time that the network is told, in the process's units.
+        rho: the noise level ``sigma / alpha``, on which guidance depends.
     """
     x = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-    told = denoiser.told(as_time(t)).to(x.device, denoiser.time_dtype(x.dtype)).expand(1)
-    rho = float(denoiser.process.rho(t))
+    told = denoiser.told(as_time(t_in)).to(x.device, denoiser.time_dtype(x.dtype)).expand(1)
     with torch.no_grad(), PeakBytes() as counter:
         denoiser.bind(1, conditions, x.device)(x, told, rho)
     return counter.peak

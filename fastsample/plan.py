@@ -6,8 +6,8 @@ network there:
     x_{r+1} = sum_j a_j x_j + sum_k b_k m_k + sum_s c_s z_s
     m_r     = p x_{r+1} + q net(x_{r+1}, t_in[, step])                         (rows that evaluate)
 
-``x_0`` is the state handed in, ``m_k`` the prediction of row ``k`` and ``z_s`` standard normal noise of stream
-``s``. Nothing in the table depends on the data.
+``x_0`` is the state handed in, ``m_k`` the prediction of row ``k`` and ``z_s`` standard normal noise of
+stream ``s``. Nothing in the table depends on the data.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Plan:
 
     Attributes:
         rows: the structure of each row.
-        numbers: float64 (n,), all coefficients (a copy; changing it does not change the plan). They may carry a
-            gradient while a solver is tuned: make a plan of them by :meth:`replace` in each iteration.
+        numbers: float64 (n,), all coefficients; a copy, since plans do not change. They may carry a gradient
+            while a solver is tuned: make a plan of them by :meth:`replace` in each iteration.
         t0: the time of the input state ``x_0``.
         solver, options: what wrote the table.
         prediction: the network's prediction type that ``p`` and ``q`` were written for.
@@ -162,9 +162,9 @@ class Plan:
             columns, offset = self.rows[r].columns, self.rows[r].offset
             t = float(numbers[offset + columns.index("t")])
             raise ValueError(
-                f"solver {self.solver!r}: the coefficient {columns[bad[0] - offset]!r} of row {r} (t={t:g}) is "
-                f"{float(numbers[bad[0]])}; "
-                "two grid points may be too close, or the grid reaches an end that this solver has no limit for"
+                f"solver {self.solver!r}: the coefficient {columns[bad[0] - offset]!r} of row {r} (t={t:g}) "
+                f"is {float(numbers[bad[0]])}; two grid points may be too close, or the grid reaches an end "
+                "that this solver has no limit for"
             )
 
     # -- what it says of itself ------------------------------------------------------------------------------
@@ -294,15 +294,17 @@ class Plan:
         try:
             for item in data["rows"]:
                 net = item.get("net")
-                reads = [{int(k): float(c) for k, c in item[key].items()} for key in ("x", "m", "z")]
+                x, m, z = ({int(k): float(c) for k, c in item[key].items()} for key in ("x", "m", "z"))
                 row = Row(
-                    *(tuple(read) for read in reads),
+                    tuple(x),
+                    tuple(m),
+                    tuple(z),
                     evaluates=net is not None,
                     space=net["space"] if net else None,
                     sized=bool(net and "step" in net),
                     offset=len(numbers),
                 )
-                numbers += [c for read in reads for c in read.values()]
+                numbers += [*x.values(), *m.values(), *z.values()]
                 numbers += [float(item[k]) for k in _TIME]
                 if net:
                     numbers += [float(net[k]) for k in (*_EVALUATION, *(("step",) if row.sized else ()))]

@@ -87,14 +87,16 @@ def canonical(prediction: str) -> str:
     return name
 
 
-def coefficients(prediction: str, alpha: Tensor, sigma: Tensor, space: str) -> Pair:
+def coefficients(prediction: str, alpha: Tensor, sigma: Tensor, space: str, sigma_data: float = 1.0) -> Pair:
     """``(p, q)`` such that ``m = p x_t + q out``, where ``m`` is the quantity that a solver works with.
 
     Args:
         prediction: what the network predicts.
-        alpha, sigma: the process at the time of evaluation, float64 scalars.
-        space: ``"x0"``, ``"eps"``, ``"v"`` (``(alpha eps - sigma x_0) / sqrt(alpha^2 + sigma^2)``, the velocity
-            along the angle) or ``"flow"`` (``eps - x_0``).
+        alpha, sigma: the process at the time of evaluation, float64 scalars (or tensors of one shape).
+        space: ``"x0"``, ``"eps"``, ``"v"`` (``(alpha eps - sigma x_0) / sqrt(alpha^2 + sigma^2)``, the
+            velocity along the angle) or ``"flow"`` (``eps - x_0``).
+        sigma_data: the data's standard deviation: ``m`` is that of the data divided by it, so that
+            ``sigma_data < 1`` moves "v" from the symmetric one towards ``x0`` (EDM's F, Karras et al. 2022).
 
     Raises:
         ValueError: the output carries no information on the clean sample (eps or score where alpha is zero),
@@ -103,15 +105,16 @@ def coefficients(prediction: str, alpha: Tensor, sigma: Tensor, space: str) -> P
     name = canonical(prediction)
     if space not in SPACES:
         raise unknown("space", space, SPACES)
-    if name in ("eps", "score") and not bool(alpha > 0):
+    if name in ("eps", "score") and not bool((alpha > 0).all()):
         raise ValueError(
-            f"prediction={prediction!r} cannot be used at zero signal-to-noise ratio (alpha = 0): the output says "
-            "nothing about the clean sample there; use a model with v, x0 or flow prediction, or start at less "
-            "noise (start=0.99)"
+            f"prediction={prediction!r} cannot be used at zero signal-to-noise ratio (alpha = 0): the output "
+            "says nothing about the clean sample there; use a model with v, x0 or flow prediction, or start "
+            "at less noise (strength=0.99)"
         )
-    if name == "x0" and space != "x0" and not bool(sigma > 0):
+    if name == "x0" and space != "x0" and not bool((sigma > 0).all()):
         raise ValueError("an x0-prediction has no noise estimate where sigma = 0; start from sigma > 0")
     (p0, q0), (pe, qe) = _PREDICTIONS[name](alpha, sigma)
+    p0, q0, alpha = p0 / sigma_data, q0 / sigma_data, alpha * sigma_data
     if space == "x0":
         return p0, q0
     if space == "eps":

@@ -39,12 +39,19 @@ def _within(t: TimeLike, low: float, high: float, what: str) -> Tensor:
         ValueError: naming the first time outside.
     """
     time = as_time(t)
+    if bool(((time >= low) & (time <= high)).all()):  # false for NaN
+        return time
     slack = 1e-6 * (high - low if high < math.inf else 1.0)
-    inside = (time >= low - slack) & (time <= high + slack)  # false for NaN
-    if not bool(inside.all()):
-        first = float(time.reshape(-1)[(~inside).reshape(-1).nonzero()[0, 0]])
+    near = (time >= low - slack) & (time <= high + slack)
+    if not bool(near.all()):
+        first = float(time.reshape(-1)[(~near).reshape(-1).nonzero()[0, 0]])
         raise ValueError(f"t={first!r} lies outside the times of {what}: [{low:g}, {high:g}]")
-    return time.clamp(low, high)
+    return _clamp(time, low, high)
+
+
+def _clamp(time: Tensor, low: float, high: float) -> Tensor:
+    """``time.clamp(low, high)``, which has no gradient at its ends; this has."""
+    return torch.where(time < low, low, torch.where(time > high, high, time))
 
 
 class Process(ABC):
@@ -144,7 +151,8 @@ class Process(ABC):
             raise ValueError("levels is empty; give the times that the network knows")
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other._levels = _within(known, *sorted((self.t_zero, self.t_start)), f"{self!r}, as levels")
+        low, high = sorted((self.t_zero, self.t_start))
+        other._levels = _within(known, low, high, f"{self!r}, as levels")
         return other
 
     @property
@@ -168,7 +176,8 @@ class Process(ABC):
 
     def network_time(self, t: TimeLike) -> Tensor:
         """What a network is told for a state at ``t``: within the trained range, and a time it knows."""
-        time = as_time(t).clamp(*sorted((self.t_end, self.t_start)))
+        low, high = sorted((self.t_end, self.t_start))
+        time = _clamp(as_time(t), low, high)
         return time if self._levels is None else self._nearest(time)
 
     def stage(self, lam: TimeLike) -> Tensor:
@@ -203,6 +212,30 @@ class Process(ABC):
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
+
+
+class Scaled(Process):
+    """A process seen by data divided by ``sigma_data``: ``alpha`` is multiplied by it, time is the same."""
+
+    def __init__(self, process: Process, sigma_data: float) -> None:
+        """
+        Raises:
+            ValueError: ``sigma_data`` is not a positive number.
+        """
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(f"sigma_data={sigma_data!r} must be a positive number: the data's scale")
+        self._process, self._shift = process, math.log(sigma_data)
+        self.t_start, self.t_end, self.t_zero = process.t_start, process.t_end, process.t_zero
+
+    def _at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        alpha, sigma, lam = self._process.alpha(t), self._process.sigma(t), self._process.lam(t)
+        return alpha * math.exp(self._shift), sigma, lam + self._shift
+
+    def t_of_lam(self, lam: TimeLike) -> Tensor:
+        return self._process.t_of_lam(as_time(lam) - self._shift)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "Scaled", "process": self._process.describe(), "sigma_data": math.exp(self._shift)}
 
 
 class VP(Process):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import grids, solvers
-from .denoiser import Denoiser, select
+from .denoiser import Denoiser, as_conditions, select
 from .errors import unknown
 from .executor import (
     Callback,
@@ -27,7 +30,7 @@ from .executor import (
 )
 from .hooks import Hook
 from .noise import START, normal
-from .plan import Plan, is_copy
+from .plan import Plan
 from .process import as_time
 
 
@@ -57,7 +60,7 @@ class Sampler:
         grid: a name of ``fs.grids.names()``, an array of times, or a function; by default the solver's own.
         start: where to begin: a time, by default the noisiest; see also ``strength``.
         end: "zero" or "sigma_min"; by default the solver's own.
-        strength: in (0, 1], begin after the first ``1 - strength`` of the (uniform) time range (image-to-image).
+        strength: in (0, 1], begin after the first ``1 - strength`` of the uniform time range (img2img).
         plan: a ready plan instead of all of the above.
         hooks: what happens to each predicted clean sample, such as ``fs.hooks.Clip()``.
         options: the solver's or the grid's own, such as ``order=2``, ``eta=0.5``, ``rho=7``.
@@ -83,40 +86,68 @@ class Sampler:
         hooks: Sequence[Hook] = (),
         **options: Any,
     ) -> None:
+        self._wrap(denoiser, hooks)
+        process = denoiser.process
+        if plan is not None:
+            given = {
+                "steps": steps,
+                "grid": grid,
+                "start": start,
+                "end": end,
+                "strength": strength,
+                **options,
+            }
+            beside = [name for name, value in given.items() if value is not None]
+            if beside or solver != "auto":
+                raise ValueError(
+                    f"plan= already says {', '.join(beside) or 'the solver'}; give it alone or leave it out"
+                )
+            self.plan = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
+            if self.plan.fingerprint != process.fingerprint:
+                raise ValueError(
+                    f"the plan was written for {self.plan.process}, but the denoiser's process is "
+                    f"{process!r}; make a plan for this process"
+                )
+            if self.plan.prediction != denoiser.prediction:
+                raise ValueError(
+                    f"the plan was written for prediction={self.plan.prediction!r}, but the denoiser "
+                    f"predicts {denoiser.prediction!r}; make a plan for it"
+                )
+            _check_levels(denoiser, self.plan)
+            return
+        start = first_time(denoiser, start, strength)
+        if steps is not None and not _needs_steps(grid):
+            intervals = as_time(grid).numel() - 1  # type: ignore[arg-type]
+            if steps != intervals:
+                raise ValueError(f"steps={steps!r} but the grid has {intervals} intervals; leave steps= out")
+        self.plan = _build(
+            denoiser, solver, 10 if steps is None and _needs_steps(grid) else steps, grid, start, end, options
+        )
+
+    def __new__(cls, denoiser: Any = None, solver: Any = "auto", *_: Any, **__: Any) -> Sampler:
+        """Adaptive methods, which have no plan, have a sampler of their own."""
+        if cls is Sampler and isinstance(solver, str):
+            from . import adaptive
+
+            if solver in adaptive.names():
+                return object.__new__(adaptive.AdaptiveSampler)
+        return object.__new__(cls)
+
+    def _wrap(self, denoiser: Denoiser, hooks: Sequence[Hook]) -> None:
         if not isinstance(denoiser, Denoiser):
             raise TypeError(
                 f"denoiser is a {type(denoiser).__name__}; wrap the network first: "
                 'fs.wrap(net, fs.VP.linear(), prediction="eps")'
             )
         self.denoiser, self.hooks = denoiser, tuple(hooks)
-        process = denoiser.process
-        if plan is not None:
-            if steps is not None or grid is not None or start is not None or options:
-                raise ValueError("give either plan= or solver/steps/grid/start and options, not both")
-            self.plan = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
-            if self.plan.fingerprint != process.fingerprint:
-                raise ValueError(
-                    f"the plan was written for {self.plan.process}, but the denoiser's process is {process!r}; "
-                    "make a plan for this process"
-                )
-            if self.plan.prediction != denoiser.prediction:
-                raise ValueError(
-                    f"the plan was written for prediction={self.plan.prediction!r}, but the denoiser predicts "
-                    f"{denoiser.prediction!r}; make a plan for it"
-                )
-            return
-        if strength is not None:
-            if start is not None:
-                raise ValueError("give start= (a time) or strength= (a fraction), not both")
-            start = start_of(denoiser, strength)
-        if start is not None:
-            _check_time(denoiser, "start", start)
-        self.plan = _build(
-            denoiser, solver, 10 if steps is None and _needs_steps(grid) else steps, grid, start, end, options
-        )
 
     def __repr__(self) -> str:
         return f"Sampler({self.plan!r})"
+
+    @property
+    def t0(self) -> float:
+        """The time of the input state."""
+        return self.plan.t0
 
     # -- sampling --------------------------------------------------------------------------------------------
 
@@ -151,7 +182,7 @@ class Sampler:
             x: an explicit starting state (B, ...) at the plan's first time, used as it is.
             device, dtype: of the state; by default the network's device and float32 (or that of noise/x).
             batch_size: at most so many samples at once.
-            memory: at most so many bytes at once (measured on the first evaluation), instead of ``batch_size``.
+            memory: at most so many bytes at once (measured on one evaluation), instead of ``batch_size``.
             progress: show a progress bar over the evaluations.
             callback: called after each evaluation with an :class:`fastsample.executor.Step`.
             hooks: applied after the sampler's own.
@@ -169,6 +200,7 @@ class Sampler:
         """
         state, total = self._state(shape, n, noise, x, device, dtype)
         indices = self._indices(index, total, state.device)
+        conditions = as_conditions(conditions, state.device, total)
         size = self._batch_size(batch_size, memory, total, state, conditions)
         results: list[Tensor] = []
         trajectories: list[Tensor] = []
@@ -182,29 +214,32 @@ class Sampler:
             for first in range(0, total, size):
                 samples = slice(first, min(total, first + size))
                 chunk = indices[samples]
-                begin = self._start(state, samples, chunk, seed, given=x is not None, drawn=noise is None)
                 run = Run(
-                    self.denoiser.bind(chunk.numel(), select(conditions, samples, total), begin.device),
+                    self.denoiser.bind(chunk.numel(), select(conditions, samples, total), state.device),
                     philox_noise(seed, chunk),
                     (*self.hooks, *hooks),
                     on_step if progress or callback is not None else None,
                     samples,
                 )
-                states: list[Tensor] | None = [begin.clone()] if return_trajectory else None
+
+                def begin(samples: slice = samples, chunk: Tensor = chunk) -> Tensor:
+                    return self._start(state, samples, chunk, seed, given=x is not None, drawn=noise is None)
+
+                states: list[Tensor] | None = None
                 if differentiable:
-                    result = execute_differentiable(self.plan, begin, run, trajectory=states)
+                    start = begin()
+                    states = [start] if return_trajectory else None
+                    result = execute_differentiable(self.plan, start, run, trajectory=states)
                 else:
+                    # not in inference mode, whose tensors could not be updated in place by others later
                     with torch.inference_mode(False), torch.no_grad():
+                        start = begin()
+                        states = [start.clone()] if return_trajectory else None
                         # a state handed in is the user's: it is not overwritten
-                        owned = x is None
-                        result = execute(self.plan, begin, run, owned=owned, trajectory=states)
-                        if check and not bool(torch.isfinite(result).all()):
-                            begin = self._start(
-                                state, samples, chunk, seed, given=x is not None, drawn=noise is None
-                            )
-                            raise locate_nonfinite(self.plan, begin, run)
-                        if result is x:
-                            result = result.clone()
+                        result = execute(self.plan, start, run, owned=x is None, trajectory=states)
+                if check and not bool(torch.isfinite(result).all()):
+                    with torch.no_grad():
+                        raise locate_nonfinite(self.plan, begin(), run)
                 results.append(result)
                 if states is not None:
                     trajectories.append(torch.stack(states))
@@ -246,31 +281,32 @@ class Sampler:
             full = (n, *self.denoiser.sample_shape)
         else:
             full = tuple(shape)  # type: ignore[arg-type]
-        if not all(isinstance(d, int) and d > 0 for d in full):
-            raise ValueError(
-                f"{given[0]}={full if tensor is None else tuple(full)!r}: every dimension must be >= 1"
-            )
+        try:
+            full = tuple(operator.index(d) for d in full)
+        except TypeError as e:
+            raise ValueError(f"{given[0]}={full!r} must be whole numbers") from e
+        if not full or min(full) < 1:
+            raise ValueError(f"{given[0]}={full!r}: give (B, ...) with every dimension at least 1")
         expected = self.denoiser.sample_shape
         if expected is not None and full[1:] != expected:
             raise ValueError(f"{given[0]} has samples of shape {full[1:]}, but the model's are {expected}")
-        where = (
-            torch.device(device)
-            if device is not None
-            else tensor.device
-            if tensor is not None
-            else self.denoiser.device
-        )
-        kind = dtype if dtype is not None else tensor.dtype if tensor is not None else torch.float32
-        if kind not in (torch.float32, torch.float64):
-            kind = torch.float32  # the state stays float32 whatever the network or the input is
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(
+                f"dtype={dtype} cannot hold the state; use torch.float32 (the network has its own)"
+            )
+        where, kind = self.denoiser.device, torch.float32
+        if tensor is not None:
+            # the state stays float32 or wider whatever the input is
+            where, kind = tensor.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        where, kind = torch.device(device or where), dtype or kind
         if tensor is not None:
             return tensor.to(where, kind), full[0]
         return torch.empty((), device=where, dtype=kind).expand(full), full[0]
 
     @staticmethod
     def _indices(index: int | Tensor | Sequence[int], total: int, device: torch.device) -> Tensor:
-        if isinstance(index, int):
-            return torch.arange(index, index + total, dtype=torch.int64, device=device)
+        if isinstance(index, (int, np.integer)):
+            return torch.arange(int(index), int(index) + total, dtype=torch.int64, device=device)
         indices = torch.as_tensor(index, dtype=torch.int64, device=device)
         if indices.shape != (total,):
             raise ValueError(
@@ -283,7 +319,7 @@ class Sampler:
     ) -> Tensor:
         if given:
             return state[samples]
-        sigma = float(self.denoiser.process.sigma(as_time(self.plan.t0)))
+        sigma = float(self.denoiser.process.sigma(as_time(self.t0)))
         if drawn:
             return normal(state[samples].shape, seed, index, START, dtype=state.dtype).mul_(sigma)
         return state[samples] * sigma
@@ -299,17 +335,25 @@ class Sampler:
         if batch_size is not None and memory is not None:
             raise ValueError("give batch_size= or memory=, not both")
         if batch_size is not None:
-            if batch_size < 1:
-                raise ValueError(f"batch_size={batch_size!r} must be at least 1")
+            if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+                raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1")
             return min(batch_size, total)
         if memory is None:
             return total
         from .memory import network_bytes
 
+        evaluations = [
+            (v.t_in, v.sigma / v.alpha if v.alpha else math.inf)
+            for row, v in zip(self.plan.rows, self.plan.values, strict=True)
+            if row.evaluates
+        ]
+        guidance = self.denoiser.guidance
+        acting = [e for e in evaluations if guidance is not None and guidance.acts(e[1])]
         own = state[:1].numel() * state.element_size() * buffers_needed(self.plan)
-        need = own + network_bytes(
-            self.denoiser, state[:1], select(conditions, slice(0, 1), total), self.plan.times[0]
-        )
+        need = own
+        if evaluations:
+            one = select(conditions, slice(0, 1), total)
+            need += network_bytes(self.denoiser, state[:1], one, *(acting or evaluations)[0])
         if need > memory:
             raise ValueError(f"memory={memory} bytes do not hold one sample, which needs about {need}")
         return min(total, memory // need)
@@ -318,7 +362,7 @@ class Sampler:
 
     def noised(self, x0: Tensor, *, seed: int = 0, index: int | Tensor | Sequence[int] = 0) -> Tensor:
         """Clean samples (B, ...) noised to the plan's first time: the ``x=`` of image-to-image."""
-        t = as_time(self.plan.t0)
+        t = as_time(self.t0)
         process = self.denoiser.process
         indices = self._indices(index, x0.shape[0], x0.device)
         noise = normal(x0.shape, seed, indices, START, dtype=x0.dtype)
@@ -327,8 +371,8 @@ class Sampler:
     def inverse(self) -> Sampler:
         """The sampler that runs the same solver on the reversed grid: from samples to noise.
 
-        The inverse begins at the least noisy time of this plan's grid that the network knows (zero noise is left
-        out), and takes the sample there as ``x=``.
+        The inverse begins at the least noisy time of this plan's grid that the network knows (zero noise is
+        left out), and takes the sample there as ``x=``.
 
         Raises:
             ValueError: the plan draws noise, or was not made from a solver's name.
@@ -337,32 +381,54 @@ class Sampler:
             raise ValueError(
                 f"solver {self.plan.solver!r} draws noise and has no inverse; use eta=0 or an ODE solver"
             )
-        if self.plan.solver not in solvers.names():
+        if self.plan.solver not in solvers.names() or not self.plan.grid:
             raise ValueError(
-                f"a plan of {self.plan.solver!r} cannot be reversed; build it from a solver's name"
+                f"a plan of {self.plan.solver!r} without a grid cannot be reversed; build it from a solver's "
+                "name"
             )
         process = self.denoiser.process
-        times = [self.plan.t0]
-        for row, v in zip(self.plan.rows, self.plan.values, strict=True):
-            if not is_copy(row, v):
-                times.append(v.t)
-        if times[-1] == process.t_zero != process.t_end:
-            times[-1] = process.t_end
-            if times[-2] == times[-1]:
-                times.pop()
-        monotone = [t for i, t in enumerate(times) if i == 0 or process.lam(t) > process.lam(times[i - 1])]
+        grid = list(self.plan.grid)
+        if grid[-1] == process.t_zero != process.t_end:
+            grid[-1] = float(process.network_time(process.t_end))
+            if grid[-2] == grid[-1]:
+                grid.pop()
         return Sampler(
-            self.denoiser, self.plan.solver, grid=monotone[::-1], hooks=self.hooks, **self.plan.options
+            self.denoiser, self.plan.solver, grid=grid[::-1], hooks=self.hooks, **self.plan.options
         )
 
 
+def _check_levels(denoiser: Denoiser, plan: Plan) -> None:
+    """A plan made for continuous time would tell a network with a table of times what it does not know."""
+    levels = denoiser.process.levels
+    if levels is None:
+        return
+    known = set(levels.tolist())
+    for r, (row, v) in enumerate(zip(plan.rows, plan.values, strict=True)):
+        if row.evaluates and v.t_in not in known:
+            raise ValueError(
+                f"row {r} of the plan evaluates at t={v.t_in!r}, which is none of the {len(known)} times "
+                "that the network knows; make the plan for this denoiser"
+            )
+
+
 def start_of(denoiser: Denoiser, strength: float) -> float:
-    """The time at a fraction of the way from the least to the most noise, in the process's uniform coordinate."""
+    """The time at a fraction of the way from the least to the most noise, in the uniform coordinate."""
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength!r} must lie in (0, 1]; 1 starts from pure noise")
     process = denoiser.process
     ends = process.uniform_of_t(torch.tensor([process.t_end, process.t_start], dtype=torch.float64))
     return float(process.t_of_uniform(ends[0] + strength * (ends[1] - ends[0])))
+
+
+def first_time(denoiser: Denoiser, start: float | None, strength: float | None) -> float | None:
+    """The time given by ``start`` or by ``strength``, checked; None where neither is given."""
+    if strength is not None:
+        if start is not None:
+            raise ValueError("give start= (a time) or strength= (a fraction), not both")
+        start = start_of(denoiser, strength)
+    if start is not None:
+        _check_time(denoiser, "start", start)
+    return start
 
 
 def _check_time(denoiser: Denoiser, name: str, t: float) -> None:

@@ -18,7 +18,7 @@ def checking(what: str = "") -> Iterator[None]:
     """Turn the errors of a check of the user's settings into ``UserError``, prefixed by ``what``."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise  # no fault of the settings
         raise UserError(f"{what}: {error}" if what else str(error)) from error

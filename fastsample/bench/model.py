@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsample.denoiser import Bound, Denoiser
+from fastsample.errors import unknown
 from fastsample.metrics.statistics import GROUPS
 from fastsample.noise import philox
 from fastsample.sampler import Sampler
@@ -59,9 +60,13 @@ def load_model(
     """
     if isinstance(model, str):
         from fastsample import zoo
+        from fastsample.zoo.data import NUM_CLASSES
 
+        if model not in zoo.names():
+            raise unknown("model", model, zoo.names())
         name, denoiser = model, zoo.load(model)
-        classes = zoo.NUM_CLASSES
+        classes = NUM_CLASSES
+        null: dict[str, Any] = {"null": {"labels": NUM_CLASSES}}
         described: Any = model
     elif isinstance(model, Mapping) and "_target_" in model:
         from hydra.errors import InstantiationException
@@ -69,6 +74,7 @@ def load_model(
 
         name = str(model["_target_"])
         described = dict(model)
+        null = {}  # the target's own guidance says
         try:
             denoiser = instantiate(described)
         except InstantiationException as error:
@@ -85,7 +91,7 @@ def load_model(
     if isinstance(denoiser.net, nn.Module):
         denoiser.net.to(device).eval()
     if guidance != 1:
-        denoiser = denoiser.guided(guidance)
+        denoiser = denoiser.guided(guidance, **null)
     full = tuple(shape) if shape is not None else denoiser.sample_shape
     if full is None:
         raise ValueError(f"shape: model={name} does not say the shape of a sample; give shape=[3,32,32], say")
@@ -150,6 +156,23 @@ def draw_labels(labels: Any, classes: int | None, seed: int, index: Tensor) -> T
     return torch.tensor(choices, device=index.device)[index % len(choices)]
 
 
+def check_conditions(model: Model, labels: Tensor | None) -> None:
+    """Check that guidance has the conditions that it replaces.
+
+    Raises:
+        ValueError: if one of them is neither the denoiser's own nor drawn.
+    """
+    guidance = model.denoiser.guidance
+    if guidance is None or guidance.scale == 1:
+        return
+    for key in guidance.null:
+        if key not in model.denoiser.conditions and (key != "labels" or labels is None):
+            raise ValueError(
+                f"guidance={guidance.scale:g} needs the condition {key!r}, which the samples do not have; "
+                "use guidance=1, or labels=auto (and classes= for your own model)"
+            )
+
+
 def solver_label(solver: Any) -> str:
     """``"ddim"``, or ``"ddim(eta=1)"`` for a solver with options.
 
@@ -171,7 +194,6 @@ def check_names(solver: Any, grid: str | None) -> None:
         ValueError: if one of them is unknown (the nearest name is given).
     """
     from fastsample import grids, solvers
-    from fastsample.errors import unknown
 
     solver_label(solver)
     name = solver if isinstance(solver, str) else solver["name"]

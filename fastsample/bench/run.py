@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -23,12 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsample import __version__
 from fastsample.bench.cells import Cell, DamagedCell, digest
 from fastsample.bench.data import ImageSet, load_images
 from fastsample.bench.errors import DISK_FULL, UserError, checking
 from fastsample.bench.model import (
     Model,
     Tally,
+    check_conditions,
     check_names,
     counted,
     draw_labels,
@@ -232,7 +235,7 @@ class _Job:
             "n": n,
             "nfe": self.tally.evaluations / n,
             "rows_per_sample": self.tally.rows / n,
-            "seconds_per_sample": sorted(seconds)[len(seconds) // 2],
+            "seconds_per_sample": statistics.median_low(seconds),
             "seconds": total,
             "stochastic": sampler.plan.stochastic,
             "plan": repr(sampler.plan),
@@ -322,12 +325,13 @@ def _prepare(config: BenchConfig) -> _Job:
         )
         if isinstance(config.labels, list):
             raise ValueError(f"labels={config.labels!r}: a benchmark takes auto, null or one label")
-        draw_labels(config.labels, model.classes, 0, torch.arange(1))
+        check_conditions(model, draw_labels(config.labels, model.classes, 0, torch.arange(1)))
         # after the model, whose module may register extractors of its own
         metrics, splits = _metrics(config, _metric_names(config), model, device)
 
     denoiser, tally = counted(model.denoiser)
     identity = {
+        "fastsample": __version__,  # one report holds one version's numbers
         "model": model.identity,
         "shape": list(model.shape),
         "n": config.n,

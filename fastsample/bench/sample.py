@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from fastsample.bench.errors import UserError, checking
-from fastsample.bench.model import check_names, draw_labels, load_model, make_sampler, resolve_device
+from fastsample.bench.model import (
+    check_conditions,
+    check_names,
+    draw_labels,
+    load_model,
+    make_sampler,
+    resolve_device,
+)
 from fastsample.conf import SampleConfig
 from fastsample.errors import NonFiniteError
 from fastsample.metrics import to_uint8
@@ -43,6 +50,7 @@ def sample(config: SampleConfig) -> Path:
         sampler = make_sampler(model.denoiser, config.solver, config.steps, config.grid, config.end)
         index = torch.arange(config.n, device=device)
         labels = draw_labels(config.labels, model.classes, config.seed, index)
+        check_conditions(model, labels)
         folder = Path(config.out)
         folder.mkdir(parents=True, exist_ok=True)
     print(sampler.plan)
@@ -63,21 +71,23 @@ def sample(config: SampleConfig) -> Path:
         digits = max(5, len(str(config.n - 1)))
         for i, image in enumerate(images):
             _save(image, folder / f"{i:0{digits}d}.png")
-        _save(grid(images), folder / "grid.png")
+        columns = len(config.labels) if isinstance(config.labels, list) else None
+        _save(grid(images, columns), folder / "grid.png")
     return folder / "grid.png"
 
 
-def grid(images: Tensor) -> Tensor:
-    """Images side by side, about as wide as high.
+def grid(images: Tensor, columns: int | None = None) -> Tensor:
+    """Images side by side.
 
     Args:
         images: uint8 ``[N, C, H, W]``.
+        columns: images in a row; None makes the grid about as wide as high.
 
     Returns:
         uint8 ``[C, rows * (H + 1) - 1, columns * (W + 1) - 1]``, enlarged by a whole factor if small.
     """
     n, c, h, w = images.shape
-    columns = math.ceil(math.sqrt(n))
+    columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     sheet = torch.full((c, rows * (h + 1), columns * (w + 1)), 128, dtype=torch.uint8)
     for i, image in enumerate(images):

@@ -1,7 +1,7 @@
 """Analytic-DPM: the optimal variance of the reverse process, estimated from the network by one pass.
 
-    statistics = estimate(denoiser, data=images)          # or from the model's own samples: n=..., no data
-    sampler = fs.Sampler(denoiser, "analytic_ddpm", steps=10, statistics=statistics)
+statistics = estimate(denoiser, data=images)          # or from the model's own samples: n=..., no data
+sampler = fs.Sampler(denoiser, "analytic_ddpm", steps=10, statistics=statistics)
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Statistics:
     samples: int
 
     def variance(self, process: Process, t: Tensor) -> float:
-        """``E Var(x_0 | x_t) / d``, linear in logarithms between the times (of ``sigma / (alpha + sigma)``)."""
+        """``E Var(x_0 | x_t) / d``; between the times linear in logarithms (of ``sigma/(alpha+sigma)``)."""
         known = torch.tensor(self.times, dtype=torch.float64)
         place = _log_tau(process, known)
         wanted = float(_log_tau(process, t.detach()))
@@ -63,11 +63,11 @@ class Statistics:
         value = []
         for time, gamma, mse in zip(self.times, self.gamma, self.mse, strict=True):
             rho = float(process.rho(time))
-            # a network's noise may be longer than a perfect one's: then nothing is left to add (their clipping)
+            # a network's noise may be longer than a perfect one's: then hardly anything is left to add
             value.append(mse if math.isinf(rho) else rho**2 * max(1 - gamma, 1e-12))
-        i = int(torch.searchsorted(-place, -wanted).clamp(1, len(self.times) - 1)) if len(self.times) > 1 else 0
-        if i == 0:
+        if len(value) == 1:
             return value[0]
+        i = int(torch.searchsorted(-place, -wanted).clamp(1, len(value) - 1))
         w = (wanted - float(place[i - 1])) / (float(place[i]) - float(place[i - 1]))
         return math.exp((1 - w) * math.log(value[i - 1]) + w * math.log(value[i]))
 
@@ -131,14 +131,15 @@ def estimate(
         ValueError: times that cannot be used, or no shape to draw.
     """
     process = denoiser.process
-    grid = (
-        make(process.grid, process, times, end="sigma_min") if isinstance(times, int) else
-        as_time(times).flatten()
-    )
+    if isinstance(times, int):
+        grid = make(process.grid, process, times, end="sigma_min")
+    else:
+        grid = as_time(times).flatten()
     levels = process.lam(grid)
-    if bool((levels.diff() <= 0).any()) or bool(torch.isnan(levels).any()) or
-        bool(torch.isposinf(levels).any()): raise ValueError(f"times={grid.tolist()!r} must go strictly
-        towards less noise, and stop before none") if data is None: from ..sampler import Sampler
+    if bool((levels.diff() <= 0).any()) or not bool((levels < math.inf).all()):
+        raise ValueError(f"times={grid.tolist()!r} must go strictly towards less noise, and stop before none")
+    if data is None:
+        from ..sampler import Sampler
 
         shape = sample_shape if sample_shape is not None else denoiser.sample_shape
         if shape is None:
@@ -157,8 +158,8 @@ def estimate(
             alpha, sigma = process.alpha(t), process.sigma(t)
             noise = normal(x0.shape, seed, index, START + 1 + i, dtype=x0.dtype)
             x = float(alpha) * x0 + float(sigma) * noise
-            told = denoiser.told(t).to(x.device, denoiser.time_dtype(x.dtype)).expand(x.shape[0])
-            out = bound(x, told, float(sigma / alpha) if alpha > 0 else math.inf).double()
+            told = denoiser.told(process.network_time(t)).to(x.device, denoiser.time_dtype(x.dtype))
+            out = bound(x, told.expand(x.shape[0]), float(sigma / alpha) if alpha > 0 else math.inf).double()
             wanted = {}
             for space in ("x0", "eps"):
                 p, q = coefficients(denoiser.prediction, alpha, sigma, space)
@@ -205,12 +206,14 @@ def analytic(
     """
     if statistics is None:
         raise ValueError(
-            "this solver needs statistics=: make them once with
-            fastsample.solvers.analytic.estimate(denoiser, ...)"
+            "this solver needs statistics=...: make them once with "
+            "fastsample.solvers.analytic.estimate(denoiser, ...)"
         )
     known = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
     if known.fingerprint != b.process.fingerprint:
-        raise ValueError(f"the statistics belong to another noise process than {b.process!r}; estimate them again")
+        raise ValueError(
+            f"the statistics belong to another noise process than {b.process!r}; estimate them again"
+        )
     if not low < high:
         raise ValueError(f"low={low!r} must be below high={high!r}")
     if not clip_noise >= 0:

@@ -59,7 +59,7 @@ def exact_corrector(b: Builder, space: str) -> Corrector:
     """UniC (Zhao et al. 2023): the integral through the predictor's nodes and the one at the step's end."""
 
     def correct(s: Tensor, t: Tensor, nodes: History, used: int) -> Expr:
-        return increment(b, space, "lam", s, t, nodes[-(used + 1) :])
+        return increment(b.process, space, "lam", s, t, nodes[-(used + 1) :])
 
     return correct
 
@@ -97,7 +97,7 @@ def dpm_2m(
         nodes = usable(b, t, nodes)
         if len(nodes) == 2 and solver_type == "midpoint":
             nodes = _midpoint(b, nodes, s, t)
-        return increment(b, space, "lam", s, t, nodes)
+        return increment(b.process, space, "lam", s, t, nodes)
 
     multistep(
         b,
@@ -142,7 +142,7 @@ def dpm_3m(
         nodes = usable(b, t, nodes)
         if not exact and len(nodes) == 2:  # the official start and end
             nodes = _midpoint(b, nodes, s, t)
-        whole = increment(b, space, "lam", s, t, nodes)
+        whole = increment(b.process, space, "lam", s, t, nodes)
         if exact or len(nodes) < 3:
             return whole
         (s2, m2), (s1, m1), (_, m0) = nodes

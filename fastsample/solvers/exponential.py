@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..builder import Builder, Expr, combine, intervals
+from ..builder import Builder, Expr, combine, intervals, zero
+from ..process import Process, Scaled
 from .integrals import scale, weights
 from .registry import Claim, register
 
@@ -25,10 +26,10 @@ Predictor = Callable[[Tensor, Tensor, History], Expr]
 Corrector = Callable[[Tensor, Tensor, History, int], Expr]
 
 
-def increment(b: Builder, space: str, variable: str, s: Tensor, t: Tensor, nodes: History) -> Expr:
+def increment(process: Process, space: str, variable: str, s: Tensor, t: Tensor, nodes: History) -> Expr:
     """What the predictions in ``nodes`` (time, prediction) add between s and t, by the exact integrals."""
     return combine(
-        weights(b.process, space, variable, [node for node, _ in nodes], s, t), [m for _, m in nodes]
+        weights(process, space, variable, [node for node, _ in nodes], s, t), [m for _, m in nodes]
     )
 
 
@@ -36,7 +37,7 @@ def update(
     b: Builder, space: str, variable: str, state: Expr, s: Tensor, t: Tensor, history: History
 ) -> Expr:
     """``x_t`` from ``x_s`` and the predictions in ``history`` (time, prediction), by the exact integrals."""
-    return scale(b.process, space, s, t) * state + increment(b, space, variable, s, t, history)
+    return scale(b.process, space, s, t) * state + increment(b.process, space, variable, s, t, history)
 
 
 def reachable(b: Builder, space: str, t: Tensor) -> bool:
@@ -53,6 +54,8 @@ def multistep(
     corrector: Corrector | None = None,
     *,
     lower_order_final: bool = False,
+    skip_start: bool = False,
+    sigma_data: float = 1.0,
 ) -> None:
     """The loop that all linear multistep methods share: ``x_t = scale x_s + predictor(s, t, nodes)``.
 
@@ -66,22 +69,30 @@ def multistep(
         predictor: what a step adds.
         corrector: what it adds when it is taken again with the prediction at its end; None does without.
         lower_order_final: let the order fall to 1 towards the last step.
+        skip_start: do not evaluate at the first time: the first step takes the prediction there as zero, and
+            the corrector mends it with the first evaluation, at its end.
+        sigma_data: the space is that of the data divided by this scale.
 
     Raises:
         ValueError: the order is not a whole number of at least 1.
     """
     if isinstance(order, bool) or int(order) != order or order < 1:
         raise ValueError(f"order={order!r} must be a whole number of at least 1")
+    process = b.process if sigma_data == 1 else Scaled(b.process, sigma_data)
     n = grid.numel() - 1
     history: History = []
     x = b.x
     previous: tuple[Tensor, Expr, int] | None = None  # the last step's start, what it added, its nodes
     for i, (s, t) in enumerate(intervals(grid)):
+        if i == 0 and skip_start and n > 1:
+            previous = (s, zero(), 0)
+            x = b.state(scale(process, space, s, t) * x, t)
+            continue
         if not reachable(b, space, s):
             history, previous = [], None
             x = b.state(update(b, "flow", "tau", x, s, t, [(s, b.predict(x, "flow"))]), t)
             continue
-        history.append((s, b.predict(x, space)))
+        history.append((s, b.predict(x, space, sigma_data=sigma_data)))
         base = x
         if corrector is not None and previous is not None:
             start, predicted, used = previous
@@ -90,7 +101,7 @@ def multistep(
         keep = min(order, n - i) if lower_order_final else order
         nodes = history[-keep:]
         added = predictor(s, t, nodes)
-        x = b.state(scale(b.process, space, s, t) * base + added, t)
+        x = b.state(scale(process, space, s, t) * base + added, t)
         previous = (s, added, len(nodes))
         history = history[-order:]
 
@@ -104,6 +115,8 @@ def exp_adams(
     variable: str = "lam",
     corrector: bool = False,
     lower_order_final: bool = False,
+    skip_start: bool = False,
+    sigma_data: float = 1.0,
 ) -> None:
     """Exponential Adams-Bashforth (with ``corrector``: predictor and free Adams-Moulton corrector).
 
@@ -111,16 +124,27 @@ def exp_adams(
         b, grid: the builder and the times.
         order: number of predictions that a predictor step interpolates, at least 1.
         space: what is interpolated: "x0", "eps", "v" or "flow".
-        variable: the variable of the polynomial: "lam", "rho", "phi", "tau" or "t".
+        variable: the variable of the polynomial: "lam", "logsat" (lam saturated at both ends), "rho", "phi",
+            "tau" or "t".
         corrector: correct each state with the prediction at its end before stepping on.
         lower_order_final: let the order fall to 1 towards the last step.
+        skip_start: save the evaluation at the first time, where all is noise and the best prediction of the
+            normalised data is its mean, zero ("v" space only); steps - 1 evaluations.
+        sigma_data: the data's standard deviation, for "v" and "flow" space: EDM's F (Karras et al. 2022, eq. 8)
+            is "v" of the data divided by it.
+
+    Raises:
+        ValueError: ``skip_start`` in another space than "v", where a prediction of zero has no such meaning.
     """
+    if skip_start and space != "v":
+        raise ValueError(f"skip_start=True needs space='v', got space={space!r}")
+    process = b.process if sigma_data == 1 else Scaled(b.process, sigma_data)
 
     def predict(s: Tensor, t: Tensor, nodes: History) -> Expr:
-        return increment(b, space, variable, s, t, nodes)
+        return increment(process, space, variable, s, t, nodes)
 
     def correct(s: Tensor, t: Tensor, nodes: History, used: int) -> Expr:
-        return increment(b, space, variable, s, t, nodes)
+        return increment(process, space, variable, s, t, nodes)
 
     multistep(
         b,
@@ -130,4 +154,6 @@ def exp_adams(
         predict,
         correct if corrector else None,
         lower_order_final=lower_order_final,
+        skip_start=skip_start,
+        sigma_data=sigma_data,
     )

@@ -37,7 +37,19 @@ VARIABLES: dict[str, Variable] = {
     "phi": lambda process, lam: torch.atan((-lam).exp()),
     "tau": lambda process, lam: torch.sigmoid(-lam),
     "t": lambda process, lam: process.t_of_lam(lam),
+    "logsat": lambda process, lam: _logsat(lam),
 }
+
+# "logsat" is the half log-SNR between noise levels of about 1/20 and 20 (for unit-variance data) and saturates
+# beyond them: networks there are nearly constant (noise) or nearly the identity (data), not functions of lam.
+_SATURATION = 0.05
+
+
+def _logsat(lam: Tensor) -> Tensor:
+    # log((alpha + c sigma) / (sigma + c alpha)), written with the smaller of alpha and sigma over the larger
+    small = torch.exp(-lam.abs())
+    return torch.sign(lam) * torch.log((1 + _SATURATION * small) / (small + _SATURATION))
+
 
 _NODES = 24
 _PANEL = 6.0  # widest panel in lam: e^lam on it is exact to rounding with 24 nodes
@@ -129,7 +141,7 @@ def weights(
     Args:
         process: the noise process.
         space: what ``m`` is.
-        variable: the interpolation variable u: "lam", "rho", "phi", "tau" or "t".
+        variable: the interpolation variable u, one of ``VARIABLES``.
         nodes: the times of the predictions ``m_j``.
         s, t: the interval.
 

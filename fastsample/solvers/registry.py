@@ -18,7 +18,18 @@ from ..process import Process
 
 SolverFunction = Callable[..., None]
 
-_FAMILIES = ("first_order", "exponential", "adams", "dpm", "unipc", "runge_kutta", "sde", "restart", "analytic", "consistency")
+_FAMILIES = (
+    "first_order",
+    "exponential",
+    "adams",
+    "dpm",
+    "unipc",
+    "runge_kutta",
+    "sde",
+    "restart",
+    "analytic",
+    "consistency",
+)
 
 
 @dataclass(frozen=True)

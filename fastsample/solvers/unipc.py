@@ -54,18 +54,18 @@ def unipc(
     def predict(s: Tensor, t: Tensor, nodes: History) -> Expr:
         nodes = usable(b, t, nodes)
         if len(nodes) != 2 or variant == "vary_coeff":
-            return increment(b, space, "lam", s, t, nodes)
+            return increment(b.process, space, "lam", s, t, nodes)
         (s1, m1), (_, m0) = nodes
         r = (b.lam(s1) - b.lam(s)) / (b.lam(t) - b.lam(s))
-        return increment(b, space, "lam", s, t, [(s, m0)]) + half(s, t, (m1 - m0) / r)
+        return increment(b.process, space, "lam", s, t, [(s, m0)]) + half(s, t, (m1 - m0) / r)
 
     def correct(s: Tensor, t: Tensor, nodes: History, used: int) -> Expr:
         nodes = nodes[-(used + 1) :]
         known = usable(b, t, nodes[:-1])
         if len(known) != 1 or not torch.isfinite(b.lam(t) - b.lam(s)) or variant == "vary_coeff":
-            return increment(b, space, "lam", s, t, nodes)
+            return increment(b.process, space, "lam", s, t, nodes)
         (_, m0), (_, m1) = nodes[-2:]
-        return increment(b, space, "lam", s, t, [(s, m0)]) + half(s, t, m1 - m0)
+        return increment(b.process, space, "lam", s, t, [(s, m0)]) + half(s, t, m1 - m0)
 
     multistep(
         b, grid, order, space, predict, correct if corrector else None, lower_order_final=lower_order_final

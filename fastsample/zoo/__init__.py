@@ -7,8 +7,8 @@ digits              class-conditional UNet trained on scikit-learn's digits (eps
 digits-mixture      one Gaussian for each digit, with its exact score (eps, DDPM linear betas)
 ==================  ====================================================================================
 
-Both have samples of shape (1, 8, 8) in [-1, 1] and take the class as ``labels`` (0..9; 10 is the null class of
-guidance: ``load("digits").guided(2.0, null={"labels": 10})``).
+Both have samples of shape (1, 8, 8) in [-1, 1] and take the class as ``labels`` (0..9; 10 is the null class
+of guidance: ``load("digits").guided(2.0, null={"labels": 10})``).
 """
 
 from __future__ import annotations

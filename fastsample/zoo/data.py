@@ -1,7 +1,7 @@
 """The embedded data: scikit-learn's digits, split once and for all.
 
-The 1,797 images (8x8, 16 grey levels, ten classes; E. Alpaydin & C. Kaynak, "Optical Recognition of Handwritten
-Digits", UCI 1998) come with scikit-learn, so nothing is downloaded.
+The 1,797 images (8x8, 17 grey levels, ten classes; E. Alpaydin & C. Kaynak, "Optical Recognition of
+Handwritten Digits", UCI 1998) come with scikit-learn, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ SAMPLE_SHAPE = (1, 8, 8)
 def digits(split: Literal["train", "heldout", "all"] = "train") -> tuple[Tensor, Tensor]:
     """Images and labels of one split of the digits.
 
-    The split needs no random generator: within each class, in the order of the data set, images 0 and 1 of every
-    three are ``"train"`` and image 2 is ``"heldout"``; both have the class frequencies of the whole. Everything
-    that the zoo trains sees ``"train"`` alone. The analytic mixture is no trained model: it is fitted to ``"all"``.
+    The split needs no random generator: within each class, in the order of the data set, images 0 and 1 of
+    every three are ``"train"`` and image 2 is ``"heldout"``; both have the class frequencies of the whole.
+    Everything that the zoo trains sees ``"train"`` alone. The analytic mixture is no trained model: it is
+    fitted to ``"all"``.
 
     Args:
         split: ``"train"`` (1,201 images), ``"heldout"`` (596) or ``"all"`` (1,797).

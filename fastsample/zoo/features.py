@@ -1,8 +1,8 @@
 """A small feature extractor for the digits, the eye of the Fréchet distance ``fd-digits``.
 
-A classifier trained on the "train" split; its features are the last hidden layer before the non-linearity, each
-with zero mean and unit variance over the training images. There are so few of them that both splits have more
-than 24 images a feature, below which the distance's jackknife error is unreliable.
+A classifier trained on the "train" split; its features are the last hidden layer before the non-linearity,
+each with zero mean and unit variance over the training images. There are so few of them that both splits have
+at least 24 images a feature, below which the distance's jackknife error is unreliable.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def register_with_torch_fidelity() -> str:
     """Make the extractor known to torch-fidelity, once however often it is called.
 
     Returns:
-        The name for ``torch_fidelity.calculate_metrics(feature_extractor=...)``; its one layer has the same name.
+        The name for ``torch_fidelity.calculate_metrics(feature_extractor=...)``; and its one layer's.
     """
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor

@@ -1,8 +1,8 @@
 """Gaussian mixtures: a model whose score, moments and probability-flow ODE are known exactly.
 
 With ``x_0 ~ sum_k w_k N(mu_k, S_k)`` the noised ``x = alpha x_0 + sigma eps`` is again a mixture,
-``sum_k w_k N(alpha mu_k, alpha^2 S_k + sigma^2 I)``. In the eigenbasis of each ``S_k = U_k diag(d_k) U_k^T`` its
-covariances are diagonal, so an evaluation at any (alpha, sigma) costs two matrix products.
+``sum_k w_k N(alpha mu_k, alpha^2 S_k + sigma^2 I)``. In the eigenbasis of each ``S_k = U_k diag(d_k) U_k^T``
+its covariances are diagonal, so an evaluation at any (alpha, sigma) costs two matrix products.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class GaussianMixture:
         means: ``[K, D]``.
         covs: ``[K, D, D]``, symmetric positive semi-definite.
         weights: ``[K]``, positive; normalised to sum one.
-        classes: ``[K]``, the class index of each component, 0..C-1; default: component k is class k. Class ``C``
-            (``num_classes``) is the null class: the full mixture.
+        classes: ``[K]``, the class index of each component, 0..C-1; default: component k is class k. Class
+            ``C`` (``num_classes``) is the null class: the full mixture.
         sample_shape: the shape of one sample, default ``(D,)``.
 
     Raises:
@@ -66,7 +66,7 @@ class GaussianMixture:
         self.eigenvalues, self.eigenvectors = torch.linalg.eigh(self.covs)  # [K, D], [K, D, D] in columns
         if bool(self.eigenvalues.min() < -1e-10 * scale):
             raise ValueError(
-                f"covs must be positive semi-definite; the least eigenvalue is {self.eigenvalues.min().item():.3g}: "
+                f"covs must be positive semi-definite; least eigenvalue {float(self.eigenvalues.min()):.3g}; "
                 "add a multiple of the identity"
             )
         self.eigenvalues = self.eigenvalues.clamp_min(0.0)
@@ -89,7 +89,7 @@ class GaussianMixture:
     def fit(
         cls, x: Tensor, labels: Tensor, ridge: float = 1e-3, sample_shape: tuple[int, ...] | None = None
     ) -> GaussianMixture:
-        """One component for each class of labelled data: class means, maximum-likelihood covariances + ridge * I.
+        """One component for each class of labelled data: its mean, maximum-likelihood covariance + ridge * I.
 
         Args:
             x: ``[N, *sample_shape]``; labels: ``[N]``, 0..K-1, each class at least once.
@@ -173,8 +173,8 @@ class GaussianMixture:
         """What all quantities are made of.
 
         Returns:
-            ``log w_k N(x; alpha mu_k, C_k)`` up to the constant of pi ``[B, K]``; ``U_k^T C_k^-1 (x - alpha mu_k)``
-            ``[B, K, D]``; alpha and sigma ``[B or 1, 1, 1]``; where ``C_k = alpha^2 S_k + sigma^2 I``.
+            With ``C_k = alpha^2 S_k + sigma^2 I``: ``log w_k N(x; alpha mu_k, C_k)`` up to the constant of pi
+            ``[B, K]``; ``U_k^T C_k^-1 (x - alpha mu_k)`` ``[B, K, D]``; alpha and sigma ``[B or 1, 1, 1]``.
         """
         if x.shape[1:] != self.sample_shape:
             raise ValueError(
@@ -225,7 +225,7 @@ class GaussianMixture:
         index = torch.as_tensor(labels, device=x.device)
         if index.is_floating_point() or bool(((index < 0) | (index > self.num_classes)).any()):
             raise ValueError(
-                f"labels={index.tolist()} must be integers in 0..{self.num_classes} ({self.num_classes}: no class)"
+                f"labels={index.tolist()} must be integers in 0..{self.num_classes} (the last: no class)"
             )
         if index.ndim > 1 or (index.ndim == 1 and len(index) != len(x)):
             raise ValueError(f"labels has shape {tuple(index.shape)}; expected [{len(x)}]")
@@ -266,7 +266,7 @@ class GaussianMixture:
         labels: Tensor | int | None,
         class_probs: Tensor | None,
     ) -> Tensor:
-        """``sum_k r_k (U_k diag(g_k) U_k^T C_k^-1 (x - alpha mu_k) + m mu_k)``: every prediction has this form.
+        """Every prediction has the form ``sum_k r_k (U_k diag(g_k) U_k^T C_k^-1 (x - alpha mu_k) + m mu_k)``.
 
         ``g_k = scaled_gain(alpha, sigma, eigenvalues)`` and ``m = mean_gain(alpha, sigma)``; ``r_k`` are the
         responsibilities. Forming the gains first avoids differences such as ``x - alpha x_0``, which lose all
@@ -295,7 +295,7 @@ class GaussianMixture:
         Args:
             x: ``[B, *sample_shape]``, float32 or float64.
             alpha, sigma: numbers, or tensors ``[]`` or ``[B]``.
-            labels: class of each sample, int64 ``[B]`` or a number; ``num_classes`` or None: the full mixture.
+            labels: class of each sample, int64 ``[B]`` or a number; ``num_classes`` or None is no class.
             class_probs: ``[C]`` or ``[B, C]``, other prior class probabilities instead of labels.
 
         Raises:
@@ -385,11 +385,11 @@ class GaussianMixture:
     ) -> Reference:
         """Solve the probability-flow ODE to a verified accuracy, in float64.
 
-        In the angle ``phi = atan2(sigma, alpha)`` the state ``x / sqrt(alpha^2 + sigma^2)`` moves with velocity
-        ``v = cos(phi) eps - sin(phi) x_0`` for every process (Lu & Song 2025, eq. 3 and appendix B), finite at
-        pure noise and at no noise alike; a process enters by its two ends alone. The ODE is integrated by
-        Dormand & Prince's method of order 8 with adaptive steps, again with a 30 times smaller tolerance, and so
-        on until two successive solutions agree.
+        In the angle ``phi = atan2(sigma, alpha)`` the state ``x / sqrt(alpha^2 + sigma^2)`` moves with
+        velocity ``v = cos(phi) eps - sin(phi) x_0`` for every process (the ODE of TrigFlow, Lu & Song 2025),
+        finite at pure noise and at no noise alike; a process enters by its two ends alone. The ODE is
+        integrated by Dormand & Prince's method of order 8 with adaptive steps, again with a 30 times smaller
+        tolerance, and so on until two successive solutions agree.
 
         Args:
             x: the state at ``t_start``, ``[B, *sample_shape]``.
@@ -431,7 +431,7 @@ class GaussianMixture:
         local = max(tolerance, 1e-12)
         while local >= 3e-14:
             solution = solve_ivp(
-                velocity, (phi0, phi1), start.numpy(), method="DOP853", rtol=local, atol=local, t_eval=[phi1]
+                velocity, (phi0, phi1), start.numpy(), method="DOP853", rtol=local, atol=local
             )
             if not solution.success:
                 raise RuntimeError(f"the integration stopped at phi={solution.t[-1]}: {solution.message}")
@@ -440,14 +440,13 @@ class GaussianMixture:
                 error = float((current - previous).square().mean().sqrt()) * math.hypot(a1, s1)
                 if error <= tolerance:
                     state = current * math.hypot(a1, s1)
-                    return Reference(
-                        state, self._guided_x0(state, a1, s1, labels, guidance), error, evaluations
-                    )
+                    x0 = self._guided_x0(state, a1, s1, labels, guidance)
+                    return Reference(state, x0, error, evaluations)
             previous = current
             local /= 30
         raise RuntimeError(
-            f"successive solutions differ by RMSE {error:.2e}, more than tolerance={tolerance:.1e}: give a larger "
-            "one, or well-conditioned covariances"
+            f"successive solutions differ by RMSE {error:.2e}, more than tolerance={tolerance:.1e}: "
+            "give a larger one, or fewer samples (some may lie on the border between two modes)"
         )
 
     def _guided_x0(
@@ -501,7 +500,7 @@ class MixtureNet:
 
 
 def digits_mixture() -> GaussianMixture:
-    """The embedded analytic model: one Gaussian for each digit, fitted to all of scikit-learn's digits (+ 1e-3 I)."""
+    """The embedded analytic model: one Gaussian for each digit, fitted to all the digits (+ 1e-3 I)."""
     from .data import digits
 
     return GaussianMixture.fit(*digits("all"), ridge=1e-3)

@@ -1,7 +1,7 @@
 """A small class-conditional UNet.
 
-The architecture of Ho et al. (2020, arXiv:2006.11239) with the adaptive group normalisation of Dhariwal & Nichol
-(2021, arXiv:2105.05233) and, as a choice, space-to-depth patches at the ends (Hoogeboom et al. 2023,
+The architecture of Ho et al. (2020, arXiv:2006.11239) with the adaptive group normalisation of Dhariwal &
+Nichol (2021, arXiv:2105.05233) and, as a choice, space-to-depth patches at the ends (Hoogeboom et al. 2023,
 arXiv:2301.11093), which make it cheap on a CPU.
 """
 
@@ -28,7 +28,7 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, adaptive norm (scale and shift from the embedding), SiLU, dropout, conv; plus a skip."""
+    """norm, SiLU, conv, adaptive norm (scale, shift from the embedding), SiLU, dropout, conv; plus a skip."""
 
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, dropout: float) -> None:
         super().__init__()
@@ -97,8 +97,8 @@ class UNet(nn.Module):
         blocks: residual blocks a level, on the way down and on the way up.
         attention: feature-map sizes (in patches) at which blocks are followed by self-attention.
         head_channels: channels an attention head.
-        num_classes: number of classes, or None for an unconditional network. Index ``num_classes`` is the null
-            class of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
+        num_classes: number of classes, or None for an unconditional network. Index ``num_classes`` is the
+            null class of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
         patch: side of the space-to-depth patches.
         dropout: dropout probability inside the residual blocks.
         time_scale: the network's time is multiplied by this before it is embedded; 1 for times in 0..999,
@@ -197,7 +197,7 @@ class UNet(nn.Module):
         emb = self.time_mlp(timestep_embedding(t * self.time_scale, self.channels))
         if self.label_emb is not None:
             if labels is None:
-                labels = torch.full((len(x),), self.num_classes, device=x.device)
+                labels = torch.full((len(x),), self.label_emb.num_embeddings - 1, device=x.device)
             emb = emb + self.label_emb(labels)
         elif labels is not None:
             raise ValueError("labels given to a network without classes (num_classes=None)")

@@ -1,7 +1,7 @@
 """What every kernel shares: where Triton can run and why not, forward-mode tangents, batching, allocation.
 
 Version-dependent behaviour of PyTorch and Triton is handled in this file only. Triton itself is imported at the
-first launch: the Triton functions of a kernel live in ``_<name>_triton.py``, which its launcher imports.
+first launch: the Triton functions of a kernel live in ``_<name>_kernels.py``, which its launcher imports.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton reads the variable when a kernel is defined, so a later change would not reach it either.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 MIN_CAPABILITY = (8, 0)
@@ -24,15 +25,9 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 _explainers: dict[str, Callable[..., str]] = {}
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@torch.compiler.assume_constant_result
 def _why_not_device(device_type: str, index: int) -> str | None:
-    """Why Triton cannot run on a device; a constant for ``torch.compile``."""
-    if not _has_triton():
+    """Why Triton cannot run on a device."""
+    if not HAS_TRITON:
         return "triton is not installed"
     if device_type == "cpu":
         return None if INTERPRET else "CPU tensors run in plain torch (TRITON_INTERPRET=1 interprets the kernels)"
@@ -79,6 +74,18 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name of a floating-point type."""
+    import triton.language as tl
+
+    return {
+        torch.float16: tl.float16,
+        torch.bfloat16: tl.bfloat16,
+        torch.float32: tl.float32,
+        torch.float64: tl.float64,
+    }[dtype]
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Every output and every scratch buffer of a kernel is allocated here (tests poison it)."""
     return torch.empty(shape, dtype=dtype, device=device)
@@ -119,9 +126,59 @@ def refuse_duals(name: str, *tensors: Tensor | None) -> None:
     """
     if unpack_duals(tensors)[1] is not None:
         raise NotImplementedError(
-            f"forward-mode derivative of {name}: second derivatives are not implemented in the kernels; "
-            "run the plain modules there (unpatch the model)"
+            f"forward-mode derivative of {name}: second derivatives are not implemented in the kernels; run the "
+            "plain modules there (unpatch the model)"
         )
+
+
+# -- reverse mode --------------------------------------------------------------------------------------------
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> Any:
+    raise NotImplementedError(
+        "this derivative of a fused kernel (a second one) is not implemented; run the plain modules there "
+        "(unpatch the model)"
+    )
+
+
+def differentiable(
+    operator: Any,
+    backward: Callable[..., Any] = _no_second_derivative,
+    setup_context: Callable[..., None] | None = None,
+) -> Callable[..., Any]:
+    """The operator with a reverse-mode rule, also inside ``torch.func`` transforms.
+
+    Args:
+        operator: made by ``torch.library.custom_op``, with a vmap rule.
+        backward, setup_context: as for ``register_autograd``; without them the operator refuses to be
+            differentiated.
+
+    Returns:
+        The function to call instead of the operator. ``register_autograd`` serves eager and compiled code but
+        fails under ``torch.func.grad`` (torch 2.6 to 2.14 at least), where only an ``autograd.Function`` works.
+    """
+    setup = setup_context or (lambda ctx, inputs, output: None)
+    operator.register_autograd(backward, setup_context=setup)
+
+    @functools.wraps(operator._init_fn)  # torch.compile counts the parameters
+    def forward(*args: Any) -> Any:
+        return operator(*args)
+
+    namespace = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup),
+        "backward": staticmethod(backward),
+        "generate_vmap_rule": True,
+    }
+    function: Any = type("Transformed", (torch.autograd.Function,), namespace)
+
+    @functools.wraps(operator._init_fn)
+    def call(*args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        return operator(*args)
+
+    return call
 
 
 # -- vmap ----------------------------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ import fastsample as fs
 from fastsample.bench import cells as cell_files
 from fastsample.bench.errors import UserError
 from fastsample.bench.model import counted, draw_labels
-from fastsample.bench.run import bench
+from fastsample.bench.run import _prepare, bench
 from fastsample.conf import BenchConfig, ReferenceConfig
 from fastsample.metrics import Gaussian, GroupedMoments, estimate, frechet_distance, rmse, to_uint8
+from fastsample.metrics.frechet import RELIABLE_RATIO
 
 Settings = Callable[..., BenchConfig]
 
@@ -122,6 +123,19 @@ def test_an_npz_of_moments_and_no_metric_at_all(settings: Settings, tmp_path: Pa
     config = settings(metrics=[], train=None, heldout=None, nfe=[4], out=str(tmp_path / "plain"))
     assert bench(config).exists()
     assert load(config)["headline"] is None
+
+
+def test_the_demonstration_is_what_it_promises(tmp_path: Path) -> None:
+    job = _prepare(BenchConfig(out=str(tmp_path)))
+    counts: dict[str, set[int]] = {}
+    for planned in job.planned:
+        counts.setdefault(planned.cell.solver, set()).add(planned.sampler.plan.nfe)
+    assert len(counts) >= 8
+    assert {"auto", "ddim"} <= counts.keys()
+    assert all(min(found) <= 4 and 49 <= max(found) <= 50 for found in counts.values())
+    assert [m.name for m in job.metrics] == ["fd-digits-1k"]
+    assert all(job.config.n >= RELIABLE_RATIO * m.dim for m in job.metrics)
+    assert list(job.splits) == ["train", "heldout"]
 
 
 # -- resuming
@@ -233,7 +247,7 @@ def test_a_network_that_fails_keeps_what_is_finished(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"solvers": ["dpmpp_2n"]}, "did you mean 'dpmpp_2m'"),
+        ({"solvers": ["unipcc"]}, "did you mean 'unipc'"),
         ({"solvers": ["ddim", "ddim"]}, "named twice"),
         ({"solvers": [3]}, "solver=3"),
         ({"solvers": [{"name": "ddim", "etta": 1}]}, "no option 'etta'; did you mean 'eta'"),
@@ -260,7 +274,8 @@ def test_a_network_that_fails_keeps_what_is_finished(
         ({"baseline": "ddmi"}, "did you mean 'ddim'"),
         ({"reference": ReferenceConfig(solver={"name": "ddim", "eta": 1.0})}, "draws noise"),
         ({"reference": ReferenceConfig(steps=0)}, "reference.steps=0"),
-        ({"guidance": 2.0}, "guidance"),
+        ({"guidance": 2.0}, "needs null="),
+        ({"model": "digits", "guidance": 2.0, "labels": None}, "needs the condition 'labels'"),
         ({"threads": 0}, "threads=0"),
     ],
 )

@@ -1,5 +1,6 @@
 """The command line: help without torch, overrides, errors before any work."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,11 +102,44 @@ def test_errors_name_the_remedy(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_value_of_the_wrong_type_fails_in_hydra(tmp_path: Path) -> None:
-    result = run("bench", "n=many", folder=tmp_path)
-    assert result.returncode != 0
-    assert "could not be converted to Integer" in result.stderr
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        (None, ("n=many",), "Value 'many' of type 'str' could not be converted to Integer"),
+        (None, ("solvers=auto",), "Error merging override solvers=auto; Invalid value assigned"),
+        ("n: [1, 2", ("--config-dir=.", "--config-name=mine"), "is not YAML: while parsing a flow sequence"),
+        (
+            "defaults: [bench, _self_]\nstepz: 3",
+            ("--config-dir=.", "--config-name=mine"),
+            "Key 'stepz' not in 'BenchConfig'; did you mean 'steps'",
+        ),
+        (None, ("--config-dir=nowhere",), "nowhere' not found"),
+    ],
+)
+def test_an_unreadable_configuration_is_one_line(
+    text: str | None,
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "mine.yaml").write_text(text)
+    said = fails(capsys, "bench", *arguments)
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_a_configuration_file_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults: [bench, _self_]\nn: 77\nsolvers: [ddim]\n")
+    main(["bench", "--config-dir", str(tmp_path), "--config-name", "mine", "--cfg", "job", "seeds=[5]"])
+    printed = capsys.readouterr().out
+    assert "\n'n': 77\n" in printed
+    assert "solvers:\n- ddim\n" in printed
+    assert "seeds:\n- 5\n" in printed
 
 
 def test_sample_writes_images_and_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +158,13 @@ def test_sample_writes_images_and_a_grid(tmp_path: Path, capsys: pytest.CaptureF
     # another batch size gives the same picture
     main([*command, "solver=dpmpp_2m", "n=2", "batch=2", f"out={tmp_path / 'two'}"])
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "two" / "00000.png")), first)
+
+
+def test_labels_in_order_make_columns(tmp_path: Path) -> None:
+    main(["sample", "solver=ddim", "steps=2", "n=6", "labels=[3,1]", "guidance=2", f"out={tmp_path}"])
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    factor = 1024 // 26
+    assert grid.shape == (26 * factor, 17 * factor)
 
 
 def test_multirun_puts_each_job_in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,3 +89,40 @@ def test_inception_weights_are_checked_and_the_remedy_named(
     with pytest.raises(ValueError, match=r"sha256 .* but 6726825d\.\.\. is expected"):
         FeatureExtractor("inception-v3-compat")
     assert [f.name for f in cached.parent.iterdir()] == [name]
+
+
+def test_the_distance_is_that_of_torch_fidelity_from_images_on() -> None:
+    import torch_fidelity
+    from torch.utils.data import Dataset
+
+    from fastsample.metrics import GroupedMoments, frechet_distance
+    from fastsample.zoo.data import digits
+
+    class Images(Dataset):
+        def __init__(self, images: torch.Tensor) -> None:
+            self.images = images.expand(-1, 3, -1, -1)
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+        def __getitem__(self, i: int) -> torch.Tensor:
+            return self.images[i]
+
+    train, heldout = (to_uint8(digits(split)[0]) for split in ("train", "heldout"))
+    parse_metric("fd-digits")  # makes the extractor known to torch-fidelity
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(train),
+        input2=Images(heldout),
+        fid=True,
+        feature_extractor="fd-digits",
+        cuda=False,
+        cache=False,
+        verbose=False,
+        save_cpu_ram=True,
+    )["frechet_inception_distance"]
+    extractor, gaussians = FeatureExtractor("fd-digits"), []
+    for images in (train, heldout):
+        moments = GroupedMoments(extractor.dim((1, 8, 8)))
+        moments.update(extractor(images), range(len(images)))
+        gaussians.append(moments.gaussian())
+    assert frechet_distance(*gaussians) == pytest.approx(theirs, rel=1e-6)

@@ -7,58 +7,66 @@ import math
 
 import pytest
 import torch
-from helpers_solvers import deterministic, interpret, lam_grid, mixture, network_prediction, unlowered
+from helpers_solvers import (
+    PROCESSES,
+    deterministic,
+    interpret,
+    lam_grid,
+    mixture,
+    network_prediction,
+    unlowered,
+)
 from torch import Tensor
 
 import fastsample as fs
 from fastsample.plan import RowValues
 
-# A process whose time, alpha and sigma are smooth: tAB interpolates in time, and VP's table has kinks.
-PROCESS = fs.TrigFlow()
+# The default process: its time, alpha and sigma are smooth (tAB interpolates in time, and VP's table has kinks).
+SMOOTH = "trigflow"
 ENDS = (-1.2, 1.5)  # half log-SNR
-STEPS = (60, 120, 240)  # multiples of 6: whole steps of the single-step solvers
+KNOWN = 8  # grid points with known exact states
 PROBLEM = mixture()
 START = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 @functools.cache
-def exact(times: tuple[float, ...]) -> tuple[Tensor, ...]:
-    """The exact states at these times (decreasing noise), from START."""
-    return tuple(PROBLEM.solve(PROCESS, START, list(times)))
+def solution(key: str, steps: int) -> tuple[list[float], list[Tensor], Tensor]:
+    """The grid, the exact states at its first points, and that at its end."""
+    process = PROCESSES[key][0]()
+    grid = lam_grid(process, torch.linspace(*ENDS, steps + 1)).tolist()
+    states = PROBLEM.solve(process, START, [*grid[:KNOWN], grid[-1]])
+    return grid, states[:-1], states[-1]
 
 
-@functools.cache
-def solution(steps: int) -> tuple[list[float], list[Tensor], Tensor]:
-    """The grid, the exact states at its points, and that at its end."""
-    grid = lam_grid(PROCESS, torch.linspace(*ENDS, steps + 1)).tolist()
-    states = exact(tuple(grid[:8]))
-    return grid, list(states), PROBLEM.solve(PROCESS, states[-1], [grid[7], grid[-1]])[-1]
-
-
-def error(name: str, steps: int, exact_starts: int, **settings: object) -> float:
+def error(key: str, name: str, steps: int, exact_starts: int, **settings: object) -> float:
     """RMSE at the grid's end, the states and predictions of the first evaluations being the exact ones."""
-    grid, known, truth = solution(steps)
-    plan = fs.solvers.build(name, PROCESS, prediction="v", grid=grid, **settings)
+    make, prediction = PROCESSES[key]
+    process = make()
+    grid, known, truth = solution(key, steps)
+    plan = fs.solvers.build(name, process, prediction=prediction, grid=grid, **settings)
     evaluated = [r for r, row in enumerate(plan.rows) if row.evaluates]
-    last = evaluated[exact_starts - 1] if exact_starts else -1
-    at = dict(zip(grid[:8], known, strict=True))
+    last = evaluated[exact_starts - 1]
+    at = dict(zip(grid, known, strict=False))
 
     def replace(r: int, v: RowValues, state: Tensor) -> Tensor:
         if r > last:
             return state
         if v.t not in at:  # an inner stage
-            start = max(t for t in grid[:8] if t >= v.t)
-            at[v.t] = PROBLEM.solve(PROCESS, at[start], [start, v.t])[-1]
+            start = max(t for t in grid[:KNOWN] if t >= v.t)
+            at[v.t] = PROBLEM.solve(process, at[start], [start, v.t])[-1]
         return at[v.t]
 
     result = interpret(plan, START, network_prediction(plan, PROBLEM), replace)[-1]
     return float((result - truth).square().mean().sqrt())
 
 
-def slope(name: str, claimed: int, **settings: object) -> float:
-    """The order between two numbers of steps: larger ones for high orders, which get there later."""
-    pair = STEPS[1:] if claimed >= 4 else STEPS[:-1]
-    coarse, fine = (error(name, steps, claimed + 1, **settings) for steps in pair)
+def slope(name: str, claimed: int, key: str = SMOOTH, **settings: object) -> float:
+    """The order measured between ``n`` and ``2 n`` steps; high orders are reached later.
+
+    ``n`` is a multiple of 6, so that single-step solvers of order 2 and 3 take whole steps.
+    """
+    n = 60 if claimed <= 3 else 120 if claimed == 4 else 240
+    coarse, fine = (error(key, name, steps, claimed + 1, **settings) for steps in (n, 2 * n))
     return math.log2(coarse / fine)
 
 
@@ -107,3 +115,36 @@ VARIANTS = [
 def test_slope_of_variants(name: str, settings: dict[str, object], order: int) -> None:
     measured = slope(name, order, **{**unlowered(name), **settings})
     assert abs(measured - order) < 0.15, f"{name} {settings}: order {order}, measured {measured:.3f}"
+
+
+@pytest.mark.parametrize("key", sorted(PROCESSES))
+@pytest.mark.parametrize(
+    ("name", "order"), [("dpmpp_2m", 2), ("dpm_solver_3s", 3), ("unipc", 4), ("heun", 2), ("deis_logrho", 4)]
+)
+def test_slope_on_every_process(name: str, order: int, key: str) -> None:
+    measured = slope(name, order, key, **unlowered(name))
+    assert abs(measured - order) < 0.15, f"{name} on {key}: order {order}, measured {measured:.3f}"
+
+
+def test_published_3m_has_half_of_its_second_difference() -> None:
+    """The published DPM-Solver(++) 3M is of order 2; the whole term makes it 3, and far more accurate."""
+    for family in ("dpmpp_3m", "dpm_solver_3m"):
+        published, exact = (error(SMOOTH, name, 240, 4) for name in (family, f"{family}_exact"))
+        assert slope(family, 3) < 2.1
+        assert slope(f"{family}_exact", 3) > 2.9
+        assert exact < published / 30
+
+
+def test_fixed_weights_lose_an_order_on_a_rough_grid() -> None:
+    """What PNDM's claim says: order 2 needs a smooth grid; steps that alternate in size give order 1."""
+    process = fs.TrigFlow()
+
+    def rough(steps: int) -> float:
+        width = torch.tensor([1.0, 2.0]).repeat(steps // 2).double()
+        lam = ENDS[0] + (ENDS[1] - ENDS[0]) * torch.cat([torch.zeros(1), width.cumsum(0) / width.sum()])
+        grid = lam_grid(process, lam)
+        plan = fs.solvers.build("ipndm", process, prediction="v", grid=grid, order=2)
+        truth = PROBLEM.solve(process, START, [float(grid[0]), float(grid[-1])])[-1]
+        return float((interpret(plan, START, network_prediction(plan, PROBLEM))[-1] - truth).norm())
+
+    assert abs(math.log2(rough(120) / rough(240)) - 1) < 0.15

@@ -104,7 +104,7 @@
     const marks = [];
     const order = [...labels].sort((a, b) => strong(a) - strong(b));
     for (const label of order) {
-      const own = points.filter(p => p.label === label).sort((a, b) => x(a) - x(b));
+      const own = points.filter(p => p.label === label).sort((a, b) => a.nfe - b.nfe);
       if (!own.length) continue;
       const group = draw(svg, "g", { "data-label": label, stroke: colour(label), fill: colour(label) });
       draw(group, "path", {
@@ -200,10 +200,11 @@
     const budget = budgets[slider.value];
     byId("budget-value").textContent = format(budget);
     const rows = [];
-    const facts = p => `${format(p.nfe)} evaluations` + (distance(p) ? `, distance ${withError(distance(p))}` : "");
+    const facts = p => element("div", { class: "facts" }, element("span", {}, `${format(p.nfe)} evaluations `),
+      ...(distance(p) ? [element("span", {}, `distance ${withError(distance(p))}`)] : []));
     if (data.reference?.images.length)
       rows.push(element("div", { class: "row" }, element("div", {},
-        element("div", { class: "name" }, `converged (${data.reference.label})`), element("div", { class: "facts" }, facts(data.reference))),
+        element("div", { class: "name" }, `converged (${data.reference.label})`), facts(data.reference)),
         strip(data.reference.images, "the converged solution")));
     for (const label of labels) {
       const own = shown().filter(p => p.label === label && p.nfe <= budget && p.images.length);
@@ -211,7 +212,7 @@
       const p = own.reduce((a, b) => b.nfe > a.nfe ? b : a);
       rows.push(element("div", { class: "row", "data-label": label }, element("div", {},
         element("div", { class: "name" }, element("i", { style: `background:${colour(label)}` }), label),
-        element("div", { class: "facts" }, facts(p))), strip(p.images, label)));
+        facts(p)), strip(p.images, label)));
     }
     byId("samples").replaceChildren(...rows);
   }

@@ -8,14 +8,15 @@ summation: results are deterministic.
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Launch, accumulator_dtype, interpreting
+from ._launch import Launch
+from ._runtime import INTERPRET
 from .attention import Tiles, split_head_dim
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -33,12 +34,13 @@ def _load(
     START: tl.constexpr,
     WIDTH: tl.constexpr,
     D: tl.constexpr,
+    VEC: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """Columns START .. START + WIDTH of ROWS consecutive rows; zero outside of the tensor."""
     r = tl.arange(0, ROWS)[:, None]
     c = START + tl.arange(0, WIDTH)[None, :]
-    p = ptr + r * stride + c
+    p = ptr + r * (stride * VEC) + c
     if EVEN and START + WIDTH <= D:
         tile = tl.load(p)
     elif EVEN:
@@ -60,10 +62,11 @@ def _store(
     START: tl.constexpr,
     WIDTH: tl.constexpr,
     D: tl.constexpr,
+    VEC: tl.constexpr,
 ):
     r = tl.arange(0, ROWS)[:, None]
     c = START + tl.arange(0, WIDTH)[None, :]
-    tl.store(ptr + r * stride + c, tile.to(ptr.dtype.element_ty), mask=(r < rows_left) & (c < D))
+    tl.store(ptr + r * (stride * VEC) + c, tile.to(ptr.dtype.element_ty), mask=(r < rows_left) & (c < D))
 
 
 @triton.jit
@@ -177,6 +180,7 @@ def _forward_loop(
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
+    VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KIND: tl.constexpr,
@@ -186,13 +190,13 @@ def _forward_loop(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    K += tl.cast(lo, tl.int64) * stride_k
-    V += tl.cast(lo, tl.int64) * stride_v
+    K += tl.cast(lo, tl.int64) * stride_k * VEC
+    V += tl.cast(lo, tl.int64) * stride_v * VEC
     for start in tl.range(lo, hi, BLOCK_N):
-        k1 = _load(K, stride_k, Lk - start, BLOCK_N, 0, D1, D, not EDGE)
+        k1 = _load(K, stride_k, Lk - start, BLOCK_N, 0, D1, D, VEC, not EDGE)
         k2 = k1
         if D2 > 0:
-            k2 = _load(K, stride_k, Lk - start, BLOCK_N, D1, D2, D, not EDGE)
+            k2 = _load(K, stride_k, Lk - start, BLOCK_N, D1, D2, D, VEC, not EDGE)
         s = _dot_rows(q1, q2, k1, k2, tl.zeros([BLOCK_M, BLOCK_N], l.dtype), D2, PRECISION, UPCAST)
         j = start + tl.arange(0, BLOCK_N)[None, :]
         z = _logits(
@@ -200,14 +204,14 @@ def _forward_loop(
         )
         m, p, alpha = _softmax_step(m, z, EDGE or KIND != "none")
         l = l * alpha + tl.sum(p, 1)
-        v1 = _load(V, stride_v, Lk - start, BLOCK_N, 0, D1, D, not EDGE)
+        v1 = _load(V, stride_v, Lk - start, BLOCK_N, 0, D1, D, VEC, not EDGE)
         p = p.to(v1.dtype)
         acc1 = _dot(p, v1, acc1 * alpha[:, None], PRECISION, UPCAST)
         if D2 > 0:
-            v2 = _load(V, stride_v, Lk - start, BLOCK_N, D1, D2, D, not EDGE)
+            v2 = _load(V, stride_v, Lk - start, BLOCK_N, D1, D2, D, VEC, not EDGE)
             acc2 = _dot(p, v2, acc2 * alpha[:, None], PRECISION, UPCAST)
-        K += BLOCK_N * stride_k
-        V += BLOCK_N * stride_v
+        K += BLOCK_N * stride_k * VEC
+        V += BLOCK_N * stride_v * VEC
     return acc1, acc2, m, l
 
 
@@ -243,6 +247,7 @@ def attention_forward_kernel(
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
+    VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KIND: tl.constexpr,
@@ -256,13 +261,13 @@ def attention_forward_kernel(
 ):
     tile, bh, b, h = _tile_of(H, tiles, CAUSAL)
     start_m = tl.cast(tile * BLOCK_M, tl.int64)
-    K += b * stride_kb + h * stride_kh
-    V += b * stride_vb + h * stride_vh
+    K += (b * stride_kb + h * stride_kh) * VEC
+    V += (b * stride_vb + h * stride_vh) * VEC
     BIAS_bh = BIAS
     if KIND != "none":
         BIAS_bh += b * stride_bb + h * stride_bh
-    Q += b * stride_qb + h * stride_qh + start_m * stride_q
-    q1 = _load(Q, stride_q, Lq - start_m, BLOCK_M, 0, D1, D, False)
+    Q += (b * stride_qb + h * stride_qh + start_m * stride_q) * VEC
+    q1 = _load(Q, stride_q, Lq - start_m, BLOCK_M, 0, D1, D, VEC, False)
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     m = tl.full([BLOCK_M], float("-inf"), ACC)
     l = tl.zeros([BLOCK_M], ACC)
@@ -270,7 +275,7 @@ def attention_forward_kernel(
     q2 = q1  # placeholders, unused when D2 == 0
     acc2 = acc1
     if D2 > 0:
-        q2 = _load(Q, stride_q, Lq - start_m, BLOCK_M, D1, D2, D, False)
+        q2 = _load(Q, stride_q, Lq - start_m, BLOCK_M, D1, D2, D, VEC, False)
         acc2 = tl.zeros([BLOCK_M, D2], ACC)
 
     middle, end = _key_range(tile, Lk, BLOCK_M, BLOCK_N, CAUSAL)
@@ -278,13 +283,13 @@ def attention_forward_kernel(
         acc1, acc2, m, l = _forward_loop(
             acc1, acc2, m, l, q1, q2, K, V, BIAS_bh, i[:, None], 0, middle, Lq, Lk,
             stride_k, stride_v, stride_bi, stride_bj, scale,
-            D, D1, D2, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, False, CAUSAL, PRECISION, UPCAST,
+            D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, False, CAUSAL, PRECISION, UPCAST,
         )  # fmt: skip
     if CAUSAL or not EVEN_N:
         acc1, acc2, m, l = _forward_loop(
             acc1, acc2, m, l, q1, q2, K, V, BIAS_bh, i[:, None], middle, end, Lq, Lk,
             stride_k, stride_v, stride_bi, stride_bj, scale,
-            D, D1, D2, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, True, CAUSAL, PRECISION, UPCAST,
+            D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, True, CAUSAL, PRECISION, UPCAST,
         )  # fmt: skip
 
     # A row with every key masked gives zeros, and lse = +inf makes its p = 0 in the backward pass.
@@ -292,10 +297,10 @@ def attention_forward_kernel(
     l = tl.where(empty, 1.0, l)
     lse = tl.where(empty, float("inf"), m + tl.log2(l))
     tl.store(LSE + tl.cast(bh, tl.int64) * Lq + i, lse, mask=i < Lq)
-    O += b * stride_ob + h * stride_oh + start_m * stride_o
-    _store(O, stride_o, Lq - start_m, acc1 / l[:, None], BLOCK_M, 0, D1, D)
+    O += (b * stride_ob + h * stride_oh + start_m * stride_o) * VEC
+    _store(O, stride_o, Lq - start_m, acc1 / l[:, None], BLOCK_M, 0, D1, D, VEC)
     if D2 > 0:
-        _store(O, stride_o, Lq - start_m, acc2 / l[:, None], BLOCK_M, D1, D2, D)
+        _store(O, stride_o, Lq - start_m, acc2 / l[:, None], BLOCK_M, D1, D2, D, VEC)
 
 
 # --- backward -------------------------------------------------------------------------------------------------
@@ -327,6 +332,7 @@ def _dq_loop(
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
+    VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KIND: tl.constexpr,
@@ -336,16 +342,16 @@ def _dq_loop(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    K += tl.cast(lo, tl.int64) * stride_k
-    V += tl.cast(lo, tl.int64) * stride_v
+    K += tl.cast(lo, tl.int64) * stride_k * VEC
+    V += tl.cast(lo, tl.int64) * stride_v * VEC
     for start in tl.range(lo, hi, BLOCK_N):
-        k1 = _load(K, stride_k, Lk - start, BLOCK_N, 0, D1, D, not EDGE)
-        v1 = _load(V, stride_v, Lk - start, BLOCK_N, 0, D1, D, not EDGE)
+        k1 = _load(K, stride_k, Lk - start, BLOCK_N, 0, D1, D, VEC, not EDGE)
+        v1 = _load(V, stride_v, Lk - start, BLOCK_N, 0, D1, D, VEC, not EDGE)
         k2 = k1
         v2 = v1
         if D2 > 0:
-            k2 = _load(K, stride_k, Lk - start, BLOCK_N, D1, D2, D, not EDGE)
-            v2 = _load(V, stride_v, Lk - start, BLOCK_N, D1, D2, D, not EDGE)
+            k2 = _load(K, stride_k, Lk - start, BLOCK_N, D1, D2, D, VEC, not EDGE)
+            v2 = _load(V, stride_v, Lk - start, BLOCK_N, D1, D2, D, VEC, not EDGE)
         zero = tl.zeros([BLOCK_M, BLOCK_N], lse.dtype)
         s = _dot_rows(q1, q2, k1, k2, zero, D2, PRECISION, UPCAST)
         j = start + tl.arange(0, BLOCK_N)[None, :]
@@ -358,8 +364,8 @@ def _dq_loop(
         dq1 = _dot(ds, k1, dq1, PRECISION, UPCAST)
         if D2 > 0:
             dq2 = _dot(ds, k2, dq2, PRECISION, UPCAST)
-        K += BLOCK_N * stride_k
-        V += BLOCK_N * stride_v
+        K += BLOCK_N * stride_k * VEC
+        V += BLOCK_N * stride_v * VEC
     return dq1, dq2
 
 
@@ -404,6 +410,7 @@ def attention_dq_kernel(
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
+    VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KIND: tl.constexpr,
@@ -419,29 +426,29 @@ def attention_dq_kernel(
     tile, bh, b, h = _tile_of(H, tiles, CAUSAL)
     start_m = tl.cast(tile * BLOCK_M, tl.int64)
     left = Lq - start_m
-    K += b * stride_kb + h * stride_kh
-    V += b * stride_vb + h * stride_vh
+    K += (b * stride_kb + h * stride_kh) * VEC
+    V += (b * stride_vb + h * stride_vh) * VEC
     BIAS_bh = BIAS
     if KIND != "none":
         BIAS_bh += b * stride_bb + h * stride_bh
-    Q += b * stride_qb + h * stride_qh + start_m * stride_q
-    O += b * stride_ob + h * stride_oh + start_m * stride_o
-    DO += b * stride_dob + h * stride_doh + start_m * stride_do
-    DQ += b * stride_dqb + h * stride_dqh + start_m * stride_dq
+    Q += (b * stride_qb + h * stride_qh + start_m * stride_q) * VEC
+    O += (b * stride_ob + h * stride_oh + start_m * stride_o) * VEC
+    DO += (b * stride_dob + h * stride_doh + start_m * stride_do) * VEC
+    DQ += (b * stride_dqb + h * stride_dqh + start_m * stride_dq) * VEC
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.cast(bh, tl.int64) * Lq + i
 
-    q1 = _load(Q, stride_q, left, BLOCK_M, 0, D1, D, False)
-    do1 = _load(DO, stride_do, left, BLOCK_M, 0, D1, D, False)
-    delta = tl.sum(_load(O, stride_o, left, BLOCK_M, 0, D1, D, False).to(ACC) * do1.to(ACC), 1)
+    q1 = _load(Q, stride_q, left, BLOCK_M, 0, D1, D, VEC, False)
+    do1 = _load(DO, stride_do, left, BLOCK_M, 0, D1, D, VEC, False)
+    delta = tl.sum(_load(O, stride_o, left, BLOCK_M, 0, D1, D, VEC, False).to(ACC) * do1.to(ACC), 1)
     dq1 = tl.zeros([BLOCK_M, D1], ACC)
     q2 = q1  # placeholders, unused when D2 == 0
     do2 = do1
     dq2 = dq1
     if D2 > 0:
-        q2 = _load(Q, stride_q, left, BLOCK_M, D1, D2, D, False)
-        do2 = _load(DO, stride_do, left, BLOCK_M, D1, D2, D, False)
-        delta += tl.sum(_load(O, stride_o, left, BLOCK_M, D1, D2, D, False).to(ACC) * do2.to(ACC), 1)
+        q2 = _load(Q, stride_q, left, BLOCK_M, D1, D2, D, VEC, False)
+        do2 = _load(DO, stride_do, left, BLOCK_M, D1, D2, D, VEC, False)
+        delta += tl.sum(_load(O, stride_o, left, BLOCK_M, D1, D2, D, VEC, False).to(ACC) * do2.to(ACC), 1)
         dq2 = tl.zeros([BLOCK_M, D2], ACC)
     tl.store(DELTA + rows, delta, mask=i < Lq)
     lse = tl.load(LSE + rows, mask=i < Lq, other=float("inf"))
@@ -451,18 +458,18 @@ def attention_dq_kernel(
         dq1, dq2 = _dq_loop(
             dq1, dq2, q1, q2, do1, do2, lse, delta, K, V, BIAS_bh, i[:, None], 0, middle, Lq, Lk,
             stride_k, stride_v, stride_bi, stride_bj, scale,
-            D, D1, D2, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, False, CAUSAL, PRECISION, UPCAST,
+            D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, False, CAUSAL, PRECISION, UPCAST,
         )  # fmt: skip
     if CAUSAL or not EVEN_N:
         dq1, dq2 = _dq_loop(
             dq1, dq2, q1, q2, do1, do2, lse, delta, K, V, BIAS_bh, i[:, None], middle, end, Lq, Lk,
             stride_k, stride_v, stride_bi, stride_bj, scale,
-            D, D1, D2, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, True, CAUSAL, PRECISION, UPCAST,
+            D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, True, CAUSAL, PRECISION, UPCAST,
         )  # fmt: skip
 
-    _store(DQ, stride_dq, left, dq1 * scale, BLOCK_M, 0, D1, D)
+    _store(DQ, stride_dq, left, dq1 * scale, BLOCK_M, 0, D1, D, VEC)
     if D2 > 0:
-        _store(DQ, stride_dq, left, dq2 * scale, BLOCK_M, D1, D2, D)
+        _store(DQ, stride_dq, left, dq2 * scale, BLOCK_M, D1, D2, D, VEC)
 
 
 @triton.jit
@@ -495,6 +502,7 @@ def _dkdv_loop(
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
+    VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KIND: tl.constexpr,
@@ -506,16 +514,16 @@ def _dkdv_loop(
     UPCAST: tl.constexpr,
 ):
     """Tiles are (keys, queries), so that p^T and ds^T come out as the products want them."""
-    Q += tl.cast(lo, tl.int64) * stride_q
-    DO += tl.cast(lo, tl.int64) * stride_do
+    Q += tl.cast(lo, tl.int64) * stride_q * VEC
+    DO += tl.cast(lo, tl.int64) * stride_do * VEC
     for start in tl.range(lo, hi, BLOCK_M):
-        q1 = _load(Q, stride_q, Lq - start, BLOCK_M, 0, D1, D, EVEN_M)
-        do1 = _load(DO, stride_do, Lq - start, BLOCK_M, 0, D1, D, EVEN_M)
+        q1 = _load(Q, stride_q, Lq - start, BLOCK_M, 0, D1, D, VEC, EVEN_M)
+        do1 = _load(DO, stride_do, Lq - start, BLOCK_M, 0, D1, D, VEC, EVEN_M)
         q2 = q1
         do2 = do1
         if D2 > 0:
-            q2 = _load(Q, stride_q, Lq - start, BLOCK_M, D1, D2, D, EVEN_M)
-            do2 = _load(DO, stride_do, Lq - start, BLOCK_M, D1, D2, D, EVEN_M)
+            q2 = _load(Q, stride_q, Lq - start, BLOCK_M, D1, D2, D, VEC, EVEN_M)
+            do2 = _load(DO, stride_do, Lq - start, BLOCK_M, D1, D2, D, VEC, EVEN_M)
         i = start + tl.arange(0, BLOCK_M)
         # lse = +inf makes p = 0 in rows beyond the last.
         lse = tl.load(LSE + i, mask=i < Lq, other=float("inf"))
@@ -540,8 +548,8 @@ def _dkdv_loop(
         dk1 = _dot(ds, q1, dk1, PRECISION, UPCAST)
         if D2 > 0:
             dk2 = _dot(ds, q2, dk2, PRECISION, UPCAST)
-        Q += BLOCK_M * stride_q
-        DO += BLOCK_M * stride_do
+        Q += BLOCK_M * stride_q * VEC
+        DO += BLOCK_M * stride_do * VEC
     return dk1, dk2, dv1, dv2, db
 
 
@@ -587,6 +595,7 @@ def attention_dkdv_kernel(
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
+    VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KIND: tl.constexpr,
@@ -603,8 +612,8 @@ def attention_dkdv_kernel(
     bh = tl.cast(bh, tl.int64)
     start_n = tl.cast(tile * BLOCK_N, tl.int64)
     left = Lk - start_n
-    Q += b * stride_qb + h * stride_qh
-    DO += b * stride_dob + h * stride_doh
+    Q += (b * stride_qb + h * stride_qh) * VEC
+    DO += (b * stride_dob + h * stride_doh) * VEC
     LSE += bh * Lq
     DELTA += bh * Lq
     BIAS_bh = BIAS
@@ -613,14 +622,14 @@ def attention_dkdv_kernel(
     DBIAS_bh = DBIAS
     if BIAS_GRAD == "full":
         DBIAS_bh += bh * Lq * Lk
-    K += b * stride_kb + h * stride_kh + start_n * stride_k
-    V += b * stride_vb + h * stride_vh + start_n * stride_v
-    DK += b * stride_dkb + h * stride_dkh + start_n * stride_dk
-    DV += b * stride_dvb + h * stride_dvh + start_n * stride_dv
+    K += (b * stride_kb + h * stride_kh + start_n * stride_k) * VEC
+    V += (b * stride_vb + h * stride_vh + start_n * stride_v) * VEC
+    DK += (b * stride_dkb + h * stride_dkh + start_n * stride_dk) * VEC
+    DV += (b * stride_dvb + h * stride_dvh + start_n * stride_dv) * VEC
     j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    k1 = _load(K, stride_k, left, BLOCK_N, 0, D1, D, False)
-    v1 = _load(V, stride_v, left, BLOCK_N, 0, D1, D, False)
+    k1 = _load(K, stride_k, left, BLOCK_N, 0, D1, D, VEC, False)
+    v1 = _load(V, stride_v, left, BLOCK_N, 0, D1, D, VEC, False)
     dk1 = tl.zeros([BLOCK_N, D1], ACC)
     dv1 = tl.zeros([BLOCK_N, D1], ACC)
     db = tl.zeros([BLOCK_N], ACC)
@@ -629,8 +638,8 @@ def attention_dkdv_kernel(
     dk2 = dk1
     dv2 = dv1
     if D2 > 0:
-        k2 = _load(K, stride_k, left, BLOCK_N, D1, D2, D, False)
-        v2 = _load(V, stride_v, left, BLOCK_N, D1, D2, D, False)
+        k2 = _load(K, stride_k, left, BLOCK_N, D1, D2, D, VEC, False)
+        v2 = _load(V, stride_v, left, BLOCK_N, D1, D2, D, VEC, False)
         dk2 = tl.zeros([BLOCK_N, D2], ACC)
         dv2 = tl.zeros([BLOCK_N, D2], ACC)
 
@@ -641,20 +650,20 @@ def attention_dkdv_kernel(
         dk1, dk2, dv1, dv2, db = _dkdv_loop(
             dk1, dk2, dv1, dv2, db, k1, k2, v1, v2, Q, DO, LSE, DELTA, BIAS_bh, DBIAS_bh, j[:, None], lo, middle,
             Lq, Lk, stride_q, stride_do, stride_bi, stride_bj, scale,
-            D, D1, D2, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, BIAS_GRAD, EVEN_M, True, PRECISION, UPCAST,
+            D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, BIAS_GRAD, EVEN_M, True, PRECISION, UPCAST,
         )  # fmt: skip
         lo = tl.maximum(lo, tl.cdiv((tile + 1) * BLOCK_N - 1, BLOCK_M) * BLOCK_M)
     dk1, dk2, dv1, dv2, db = _dkdv_loop(
         dk1, dk2, dv1, dv2, db, k1, k2, v1, v2, Q, DO, LSE, DELTA, BIAS_bh, DBIAS_bh, j[:, None], lo, Lq,
         Lq, Lk, stride_q, stride_do, stride_bi, stride_bj, scale,
-        D, D1, D2, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, BIAS_GRAD, EVEN_M, False, PRECISION, UPCAST,
+        D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, BIAS_GRAD, EVEN_M, False, PRECISION, UPCAST,
     )  # fmt: skip
 
-    _store(DK, stride_dk, left, dk1 * scale, BLOCK_N, 0, D1, D)
-    _store(DV, stride_dv, left, dv1, BLOCK_N, 0, D1, D)
+    _store(DK, stride_dk, left, dk1 * scale, BLOCK_N, 0, D1, D, VEC)
+    _store(DV, stride_dv, left, dv1, BLOCK_N, 0, D1, D, VEC)
     if D2 > 0:
-        _store(DK, stride_dk, left, dk2 * scale, BLOCK_N, D1, D2, D)
-        _store(DV, stride_dv, left, dv2, BLOCK_N, D1, D2, D)
+        _store(DK, stride_dk, left, dk2 * scale, BLOCK_N, D1, D2, D, VEC)
+        _store(DV, stride_dv, left, dv2, BLOCK_N, D1, D2, D, VEC)
     if BIAS_GRAD == "per_key":
         tl.store(DBIAS + bh * Lk + j, db, mask=j < Lk)
 
@@ -695,6 +704,7 @@ def _jvp_loop(
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
+    VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KIND: tl.constexpr,
@@ -707,28 +717,28 @@ def _jvp_loop(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    K += tl.cast(lo, tl.int64) * stride_k
-    V += tl.cast(lo, tl.int64) * stride_v
+    K += tl.cast(lo, tl.int64) * stride_k * VEC
+    V += tl.cast(lo, tl.int64) * stride_v * VEC
     if HAS_TK:
-        TK += tl.cast(lo, tl.int64) * stride_tk
+        TK += tl.cast(lo, tl.int64) * stride_tk * VEC
     if HAS_TV:
-        TV += tl.cast(lo, tl.int64) * stride_tv
+        TV += tl.cast(lo, tl.int64) * stride_tv * VEC
     for start in tl.range(lo, hi, BLOCK_N):
         left = Lk - start
         zero = tl.zeros([BLOCK_M, BLOCK_N], l.dtype)
-        k1 = _load(K, stride_k, left, BLOCK_N, 0, D1, D, not EDGE)
+        k1 = _load(K, stride_k, left, BLOCK_N, 0, D1, D, VEC, not EDGE)
         k2 = k1
         if D2 > 0:
-            k2 = _load(K, stride_k, left, BLOCK_N, D1, D2, D, not EDGE)
+            k2 = _load(K, stride_k, left, BLOCK_N, D1, D2, D, VEC, not EDGE)
         s = _dot_rows(q1, q2, k1, k2, zero, D2, PRECISION, UPCAST)
         ts = zero
         if HAS_TQ:
             ts = _dot_rows(tq1, tq2, k1, k2, ts, D2, PRECISION, UPCAST)
         if HAS_TK:
-            tk1 = _load(TK, stride_tk, left, BLOCK_N, 0, D1, D, not EDGE)
+            tk1 = _load(TK, stride_tk, left, BLOCK_N, 0, D1, D, VEC, not EDGE)
             tk2 = tk1
             if D2 > 0:
-                tk2 = _load(TK, stride_tk, left, BLOCK_N, D1, D2, D, not EDGE)
+                tk2 = _load(TK, stride_tk, left, BLOCK_N, D1, D2, D, VEC, not EDGE)
             ts = _dot_rows(q1, q2, tk1, tk2, ts, D2, PRECISION, UPCAST)
         j = start + tl.arange(0, BLOCK_N)[None, :]
         z = _logits(
@@ -736,10 +746,10 @@ def _jvp_loop(
         )
         m, p, alpha = _softmax_step(m, z, EDGE or KIND != "none")
         l = l * alpha + tl.sum(p, 1)
-        v1 = _load(V, stride_v, left, BLOCK_N, 0, D1, D, not EDGE)
+        v1 = _load(V, stride_v, left, BLOCK_N, 0, D1, D, VEC, not EDGE)
         v2 = v1
         if D2 > 0:
-            v2 = _load(V, stride_v, left, BLOCK_N, D1, D2, D, not EDGE)
+            v2 = _load(V, stride_v, left, BLOCK_N, D1, D2, D, VEC, not EDGE)
         pc = p.to(v1.dtype)
         acc1 = _dot(pc, v1, acc1 * alpha[:, None], PRECISION, UPCAST)
         tacc1 = tacc1 * alpha[:, None]
@@ -754,16 +764,16 @@ def _jvp_loop(
             if D2 > 0:
                 tacc2 = _dot(tp, v2, tacc2, PRECISION, UPCAST)
         if HAS_TV:
-            tv1 = _load(TV, stride_tv, left, BLOCK_N, 0, D1, D, not EDGE)
+            tv1 = _load(TV, stride_tv, left, BLOCK_N, 0, D1, D, VEC, not EDGE)
             tacc1 = _dot(pc, tv1, tacc1, PRECISION, UPCAST)
             if D2 > 0:
-                tv2 = _load(TV, stride_tv, left, BLOCK_N, D1, D2, D, not EDGE)
+                tv2 = _load(TV, stride_tv, left, BLOCK_N, D1, D2, D, VEC, not EDGE)
                 tacc2 = _dot(pc, tv2, tacc2, PRECISION, UPCAST)
-            TV += BLOCK_N * stride_tv
-        K += BLOCK_N * stride_k
-        V += BLOCK_N * stride_v
+            TV += BLOCK_N * stride_tv * VEC
+        K += BLOCK_N * stride_k * VEC
+        V += BLOCK_N * stride_v * VEC
         if HAS_TK:
-            TK += BLOCK_N * stride_tk
+            TK += BLOCK_N * stride_tk * VEC
     return acc1, acc2, tacc1, tacc2, m, l, r
 
 
@@ -815,6 +825,7 @@ def attention_jvp_kernel(
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
+    VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KIND: tl.constexpr,
@@ -834,23 +845,23 @@ def attention_jvp_kernel(
     tile, bh, b, h = _tile_of(H, tiles, CAUSAL)
     start_m = tl.cast(tile * BLOCK_M, tl.int64)
     left = Lq - start_m
-    K += b * stride_kb + h * stride_kh
-    V += b * stride_vb + h * stride_vh
+    K += (b * stride_kb + h * stride_kh) * VEC
+    V += (b * stride_vb + h * stride_vh) * VEC
     TK_bh = TK
     TV_bh = TV
     BIAS_bh = BIAS
     if HAS_TK:
-        TK_bh += b * stride_tkb + h * stride_tkh
+        TK_bh += (b * stride_tkb + h * stride_tkh) * VEC
     if HAS_TV:
-        TV_bh += b * stride_tvb + h * stride_tvh
+        TV_bh += (b * stride_tvb + h * stride_tvh) * VEC
     if KIND != "none":
         BIAS_bh += b * stride_bb + h * stride_bh
-    Q += b * stride_qb + h * stride_qh + start_m * stride_q
+    Q += (b * stride_qb + h * stride_qh + start_m * stride_q) * VEC
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     m = tl.full([BLOCK_M], float("-inf"), ACC)
     l = tl.zeros([BLOCK_M], ACC)
     r = tl.zeros([BLOCK_M], ACC)
-    q1 = _load(Q, stride_q, left, BLOCK_M, 0, D1, D, False)
+    q1 = _load(Q, stride_q, left, BLOCK_M, 0, D1, D, VEC, False)
     acc1 = tl.zeros([BLOCK_M, D1], ACC)
     tacc1 = tl.zeros([BLOCK_M, D1], ACC)
     q2 = q1  # placeholders, unused when D2 == 0 or there is no tangent of q
@@ -859,28 +870,28 @@ def attention_jvp_kernel(
     acc2 = acc1
     tacc2 = acc1
     if D2 > 0:
-        q2 = _load(Q, stride_q, left, BLOCK_M, D1, D2, D, False)
+        q2 = _load(Q, stride_q, left, BLOCK_M, D1, D2, D, VEC, False)
         acc2 = tl.zeros([BLOCK_M, D2], ACC)
         tacc2 = tl.zeros([BLOCK_M, D2], ACC)
     if HAS_TQ:
-        TQ_bh = TQ + (b * stride_tqb + h * stride_tqh + start_m * stride_tq)
-        tq1 = _load(TQ_bh, stride_tq, left, BLOCK_M, 0, D1, D, False)
+        TQ_bh = TQ + (b * stride_tqb + h * stride_tqh + start_m * stride_tq) * VEC
+        tq1 = _load(TQ_bh, stride_tq, left, BLOCK_M, 0, D1, D, VEC, False)
         if D2 > 0:
-            tq2 = _load(TQ_bh, stride_tq, left, BLOCK_M, D1, D2, D, False)
+            tq2 = _load(TQ_bh, stride_tq, left, BLOCK_M, D1, D2, D, VEC, False)
 
     middle, end = _key_range(tile, Lk, BLOCK_M, BLOCK_N, CAUSAL)
     if not ONE_TILE:
         acc1, acc2, tacc1, tacc2, m, l, r = _jvp_loop(
             acc1, acc2, tacc1, tacc2, m, l, r, q1, q2, tq1, tq2, K, V, TK_bh, TV_bh, BIAS_bh, i[:, None], 0, middle,
             Lq, Lk, stride_k, stride_v, stride_tk, stride_tv, stride_bi, stride_bj, scale,
-            D, D1, D2, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, False, CAUSAL, HAS_TQ, HAS_TK, HAS_TV,
+            D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, False, CAUSAL, HAS_TQ, HAS_TK, HAS_TV,
             PRECISION, UPCAST,
         )  # fmt: skip
     if CAUSAL or not EVEN_N:
         acc1, acc2, tacc1, tacc2, m, l, r = _jvp_loop(
             acc1, acc2, tacc1, tacc2, m, l, r, q1, q2, tq1, tq2, K, V, TK_bh, TV_bh, BIAS_bh, i[:, None], middle, end,
             Lq, Lk, stride_k, stride_v, stride_tk, stride_tv, stride_bi, stride_bj, scale,
-            D, D1, D2, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, True, CAUSAL, HAS_TQ, HAS_TK, HAS_TV,
+            D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, True, CAUSAL, HAS_TQ, HAS_TK, HAS_TV,
             PRECISION, UPCAST,
         )  # fmt: skip
 
@@ -888,13 +899,180 @@ def attention_jvp_kernel(
     l = tl.where(empty, 1.0, l)
     lse = tl.where(empty, float("inf"), m + tl.log2(l))
     tl.store(LSE + tl.cast(bh, tl.int64) * Lq + i, lse, mask=i < Lq)
-    O += b * stride_ob + h * stride_oh + start_m * stride_o
-    TO += b * stride_tob + h * stride_toh + start_m * stride_to
+    O += (b * stride_ob + h * stride_oh + start_m * stride_o) * VEC
+    TO += (b * stride_tob + h * stride_toh + start_m * stride_to) * VEC
     # to = (tacc - r o) / l
     o1 = acc1 / l[:, None]
-    _store(O, stride_o, left, o1, BLOCK_M, 0, D1, D)
-    _store(TO, stride_to, left, (tacc1 - r[:, None] * o1) / l[:, None], BLOCK_M, 0, D1, D)
+    _store(O, stride_o, left, o1, BLOCK_M, 0, D1, D, VEC)
+    _store(TO, stride_to, left, (tacc1 - r[:, None] * o1) / l[:, None], BLOCK_M, 0, D1, D, VEC)
     if D2 > 0:
         o2 = acc2 / l[:, None]
-        _store(O, stride_o, left, o2, BLOCK_M, D1, D2, D)
-        _store(TO, stride_to, left, (tacc2 - r[:, None] * o2) / l[:, None], BLOCK_M, D1, D2, D)
+        _store(O, stride_o, left, o2, BLOCK_M, D1, D2, D, VEC)
+        _store(TO, stride_to, left, (tacc2 - r[:, None] * o2) / l[:, None], BLOCK_M, D1, D2, D, VEC)
+
+
+# --- launches -------------------------------------------------------------------------------------------------
+
+
+def _layout(**tensors: Tensor | None) -> dict[str, int]:
+    """Strides of batch, head and row by the kernels' names, in units of VEC elements; the columns have stride 1.
+
+    VEC elements are 16 bytes where all strides allow it: the compiler then sees that rows are aligned, also with a
+    head dim such as 40, which is no multiple of the 16 elements that Triton looks for in an argument.
+    """
+    given = [tensor for tensor in tensors.values() if tensor is not None]
+    vec = 16 // given[0].element_size()
+    if any(stride % vec for tensor in given for stride in tensor.stride()[:3]):
+        vec = 1
+    strides = {"VEC": vec}
+    for name, tensor in tensors.items():
+        for axis, letter in enumerate(("b", "h", "")):
+            strides[f"stride_{name}{letter}"] = 0 if tensor is None else tensor.stride(axis) // vec
+    return strides
+
+
+def _common(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    precision: str,
+    tiles: Tiles,
+) -> dict[str, Any]:
+    """Arguments that every kernel takes."""
+    d1, d2 = split_head_dim(q.shape[3])
+    kind, per_query, strides = "none", False, [0, 0, 0, 0]
+    if bias is not None:
+        kind = "mask" if bias.dtype == torch.bool else "bias"
+        per_query = bias.shape[2] > 1
+        strides = [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
+    return {
+        "Q": q,
+        "K": k,
+        "V": v,
+        "BIAS": bias,
+        "stride_bb": strides[0],
+        "stride_bh": strides[1],
+        "stride_bi": strides[2],
+        "stride_bj": strides[3],
+        "H": q.shape[1],
+        "Lq": q.shape[2],
+        "Lk": k.shape[2],
+        "scale": scale,
+        "D": q.shape[3],
+        "D1": d1,
+        "D2": d2,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "KIND": kind,
+        "BIAS_PER_QUERY": per_query,
+        "CAUSAL": is_causal,
+        "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
+        "PRECISION": precision,
+        "UPCAST": INTERPRET and q.dtype == torch.bfloat16,
+    }
+
+
+def _over_queries(kernel: Any, tiles: Tiles, args: dict[str, Any]) -> Launch:
+    count = triton.cdiv(args["Lq"], tiles.block_m)
+    args["tiles"] = count
+    args["EVEN_N"] = args["Lk"] % tiles.block_n == 0
+    args["ONE_TILE"] = args["Lk"] < tiles.block_n
+    grid = (count * args["Q"].shape[0] * args["H"],)
+    return Launch(kernel, grid, args, tiles.num_warps, tiles.num_stages)
+
+
+def forward_launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    o: Tensor,
+    lse: Tensor,
+    precision: str,
+    tiles: Tiles,
+) -> Launch:
+    """Writes o (B, H, Lq, D) and lse (B, H, Lq), log2 of the sum of exp2 of the logits."""
+    args = _common(q, k, v, bias, is_causal, scale, precision, tiles)
+    args |= {"O": o, "LSE": lse, **_layout(q=q, k=k, v=v, o=o)}
+    return _over_queries(attention_forward_kernel, tiles, args)
+
+
+def jvp_launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    tq: Tensor | None,
+    tk: Tensor | None,
+    tv: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    o: Tensor,
+    to: Tensor,
+    lse: Tensor,
+    precision: str,
+    tiles: Tiles,
+) -> Launch:
+    """Writes o, its tangent and lse; a tangent that is None is zero and costs nothing."""
+    args = _common(q, k, v, bias, is_causal, scale, precision, tiles)
+    for name, tensor in (("q", tq), ("k", tk), ("v", tv)):
+        args |= {f"T{name.upper()}": tensor, f"HAS_T{name.upper()}": tensor is not None}
+    args |= {"O": o, "TO": to, "LSE": lse, **_layout(q=q, k=k, v=v, tq=tq, tk=tk, tv=tv, o=o, to=to)}
+    return _over_queries(attention_jvp_kernel, tiles, args)
+
+
+def dq_launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    precision: str,
+    tiles: Tiles,
+) -> Launch:
+    """Writes dq, and delta = sum(o * do, -1), which :func:`dkdv_launch` needs."""
+    args = _common(q, k, v, bias, is_causal, scale, precision, tiles)
+    args |= {"O": o, "LSE": lse, "DO": do, "DELTA": delta, "DQ": dq}
+    args |= _layout(q=q, k=k, v=v, o=o, do=do, dq=dq)
+    return _over_queries(attention_dq_kernel, tiles, args)
+
+
+def dkdv_launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    lse: Tensor,
+    do: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbias: Tensor | None,
+    precision: str,
+    tiles: Tiles,
+) -> Launch:
+    """Writes dk and dv, and into dbias the gradient of the logits: (B, H, Lq, Lk), or (B, H, Lk) summed over queries.
+
+    With ``is_causal``, dbias of the first shape must hold zeros: tiles above the diagonal are not visited.
+    """
+    args = _common(q, k, v, bias, is_causal, scale, precision, tiles)
+    args |= {"LSE": lse, "DO": do, "DELTA": delta, "DK": dk, "DV": dv, "DBIAS": dbias}
+    args |= _layout(q=q, k=k, v=v, do=do, dk=dk, dv=dv)
+    args["BIAS_GRAD"] = "none" if dbias is None else "per_key" if dbias.dim() == 3 else "full"
+    args["EVEN_M"] = args["Lq"] % tiles.block_m == 0
+    args["tiles"] = triton.cdiv(args["Lk"], tiles.block_n)
+    grid = (args["tiles"] * q.shape[0] * q.shape[1],)
+    return Launch(attention_dkdv_kernel, grid, args, tiles.num_warps, tiles.num_stages)
