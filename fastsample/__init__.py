@@ -31,12 +31,12 @@ _WHERE = {
     "Trajectory": "sampler",
     "NonFiniteError": "errors",
 }
-_MODULES = ("solvers", "grids", "hooks", "noise", "zoo", "metrics")
+_MODULES = ("solvers", "grids", "hooks", "noise", "zoo", "metrics", "adaptive")
 
 __all__ = ["__version__", *_WHERE, *_MODULES]
 
 if TYPE_CHECKING:
-    from . import grids, hooks, metrics, noise, solvers, zoo
+    from . import adaptive, grids, hooks, metrics, noise, solvers, zoo
     from .builder import Builder
     from .denoiser import Denoiser, Guidance, wrap
     from .errors import NonFiniteError

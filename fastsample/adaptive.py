@@ -573,7 +573,7 @@ class AdaptiveSampler(Sampler):
         refused = [name for name in _OF_PLANS if conditions.pop(name, None)]
         if refused:
             raise ValueError(
-                f"solver={self.adaptive.solver!r} has no {refused[0]}=, since every sample has its own steps; "
+                f"solver={self.adaptive.solver!r} has no {refused[0]}=, as every sample has its own steps; "
                 "use a fixed-grid solver"
             )
         state, total = self._state(shape, n, noise, x, device, dtype)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .plan import Plan, Row
-from .prediction import canonical, coefficients
+from .prediction import canonical, coefficients, require_signal
 from .process import Process, TimeLike, as_time
 
 Atom = tuple[str, int]
@@ -102,6 +102,7 @@ class Builder:
     def __init__(self, process: Process, prediction: str, t0: TimeLike) -> None:
         self.process = process
         self.prediction = canonical(prediction)
+        require_signal(prediction, process.alpha(t0))  # also for solvers that do not evaluate at the start
         self.x = Expr({("x", 0): 1.0})
         self.notes: list[str] = []
         self._t0 = as_time(t0)
@@ -229,8 +230,8 @@ class Builder:
             process=repr(self.process),
             fingerprint=self.process.fingerprint,
             steps=steps,
-            t0=float(self._t0),
-            grid=as_time(grid).tolist(),
+            t0=float(self._t0.detach()),
+            grid=as_time(grid).detach().tolist(),
             notes=self.notes,
         )
 

@@ -386,7 +386,7 @@ def execute_differentiable(
         if run.hooks or run.callback:
             px, qx = map(near, coefficients(plan.prediction, v.alpha, v.sigma, "x0"))
             x0 = px * state + qx * out
-            if run.hooks and float(qx):
+            if run.hooks and float(qx.detach()):
                 at = At(r, known.t, known.alpha, known.sigma, state, run.samples)
                 for hook in run.hooks:
                     x0 = _hooked(hook, x0, at)

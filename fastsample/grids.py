@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from .errors import nearest, unknown
 from .process import Process, TimeLike, as_time
+
+if TYPE_CHECKING:
+    from .denoiser import Denoiser
 
 ENDS = ("zero", "sigma_min")
 GridFunction = Callable[..., Tensor]
@@ -219,13 +222,10 @@ def logistic(
     """
     if not (power > 0 and center > 0):
         raise ValueError(f"power={power!r}, center={center!r} must be positive")
-    last = process.t_zero if end == "zero" else process.t_end
-    z = torch.sigmoid(
-        -power * (process.lam(torch.tensor([start, last], dtype=torch.float64)) + math.log(center))
-    )
-    inner = _line(float(z[0]), float(z[1]), steps + 1)[1:-1]
-    times = process.t_of_lam(-torch.logit(inner) / power - math.log(center))
-    return torch.cat([torch.tensor([start]).double(), times, torch.tensor([last]).double()])
+    ends = torch.tensor([start, process.t_zero if end == "zero" else process.t_end], dtype=torch.float64)
+    z = torch.sigmoid(-power * (process.lam(ends) + math.log(center))).tolist()
+    inner = process.t_of_lam(-torch.logit(_line(z[0], z[1], steps + 1)[1:-1]) / power - math.log(center))
+    return torch.cat([ends[:1], inner, ends[1:]])
 
 
 @register("beta")
@@ -311,16 +311,14 @@ def _ays(process: Process, steps: int, start: float, end: str, model: str) -> Te
     if model not in AYS_SIGMAS:
         raise unknown("model", model, AYS_SIGMAS)
     levels = np.log(np.asarray(AYS_SIGMAS[model])[::-1])
-    high = min(float(levels[-1]), -_finite_lam(process, start))
-    low = max(float(levels[0]), float(process.rho(process.t_end).log()))
+    low, high = float(process.rho(process.t_end).log()), -_finite_lam(process, start)
 
     def points(count: int) -> Tensor:
-        position = np.linspace(0, 1, len(levels))
-        raw = np.interp(np.linspace(1, 0, count), position, levels)
-        # keep the shape, but between the model's own ends
+        raw = np.interp(np.linspace(1, 0, count), np.linspace(0, 1, len(levels)), levels)
+        # the published shape between the model's own ends
         scaled = low + (raw - levels[0]) * (high - low) / (levels[-1] - levels[0])
         t = process.t_of_lam(torch.from_numpy(-scaled))
-        t[0] = start
+        t[0], t[-1] = start, process.t_end
         return t
 
     return _with_zero(process, steps, end, _single(points, start))
@@ -330,3 +328,15 @@ def _ays(process: Process, steps: int, start: float, end: str, model: str) -> Te
 def ays(process: Process, steps: int, start: float, end: str, model: str = "sd15") -> Tensor:
     """Align Your Steps (Sabour et al. 2024): the published levels of ``model`` ("sd15", "sdxl", "svd")."""
     return _ays(process, steps, start, end, model)
+
+
+# -- fitted to a model ---------------------------------------------------------------------------------------
+
+
+def gits(
+    denoiser: Denoiser, steps: int, sample_shape: Sequence[int] | None = None, **settings: Any
+) -> Tensor:
+    """A grid fitted to a model without training; see :func:`fastsample.gits.fit`."""
+    from .gits import fit
+
+    return fit(denoiser, steps, sample_shape, **settings)

@@ -23,10 +23,12 @@ class PeakBytes(TorchDispatchMode):
         self._seen: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # in-place operations and views give back memory that was there before
+        before = {storage._cdata for storage in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for value in tree_iter(out):
-            if isinstance(value, Tensor):
-                self._add(value.untyped_storage())
+        for storage in _storages(out):
+            if storage._cdata not in before:
+                self._add(storage)
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -40,6 +42,10 @@ class PeakBytes(TorchDispatchMode):
 
     def _remove(self, key: int) -> None:
         self.live -= self._seen.pop(key, 0)
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [value.untyped_storage() for value in tree_iter(values) if isinstance(value, Tensor)]
 
 
 def network_bytes(

@@ -87,6 +87,20 @@ def canonical(prediction: str) -> str:
     return name
 
 
+def require_signal(prediction: str, alpha: Tensor) -> None:
+    """Refuse predictions that say nothing about the clean sample where alpha is zero.
+
+    Raises:
+        ValueError: eps or score at zero signal-to-noise ratio.
+    """
+    if canonical(prediction) in ("eps", "score") and not bool((alpha > 0).all()):
+        raise ValueError(
+            f"prediction={prediction!r} cannot be used at zero signal-to-noise ratio (alpha = 0): the output "
+            "says nothing about the clean sample there; use a model with v, x0 or flow prediction, or start "
+            "at less noise (strength=0.99)"
+        )
+
+
 def coefficients(prediction: str, alpha: Tensor, sigma: Tensor, space: str, sigma_data: float = 1.0) -> Pair:
     """``(p, q)`` such that ``m = p x_t + q out``, where ``m`` is the quantity that a solver works with.
 
@@ -105,12 +119,7 @@ def coefficients(prediction: str, alpha: Tensor, sigma: Tensor, space: str, sigm
     name = canonical(prediction)
     if space not in SPACES:
         raise unknown("space", space, SPACES)
-    if name in ("eps", "score") and not bool((alpha > 0).all()):
-        raise ValueError(
-            f"prediction={prediction!r} cannot be used at zero signal-to-noise ratio (alpha = 0): the output "
-            "says nothing about the clean sample there; use a model with v, x0 or flow prediction, or start "
-            "at less noise (strength=0.99)"
-        )
+    require_signal(name, alpha)
     if name == "x0" and space != "x0" and not bool((sigma > 0).all()):
         raise ValueError("an x0-prediction has no noise estimate where sigma = 0; start from sigma > 0")
     (p0, q0), (pe, qe) = _PREDICTIONS[name](alpha, sigma)

@@ -205,7 +205,7 @@ def check_names(solver: Any, grid: str | None) -> None:
 
 
 def make_sampler(denoiser: Denoiser, solver: Any, steps: int, grid: str | None, end: str | None) -> Sampler:
-    """A sampler from the commands' settings.
+    """A sampler from the commands' settings; a solver's own options (``end`` among them) come first.
 
     Raises:
         ValueError: if the solver cannot be used so; the message says why.
@@ -214,7 +214,10 @@ def make_sampler(denoiser: Denoiser, solver: Any, steps: int, grid: str | None, 
         raise ValueError(f"steps={steps}: at least 1 is needed")
     name, options = (solver, {}) if isinstance(solver, str) else (solver["name"], dict(solver))
     options.pop("name", None)
-    return Sampler(denoiser, name, steps, grid=grid, end=end, **options)
+    for key in ("solver", "steps", "plan", "hooks"):
+        if key in options:
+            raise ValueError(f"solver={solver_label(solver)}: {key} is no option of a solver")
+    return Sampler(denoiser, name, steps, **({"grid": grid, "end": end} | options))
 
 
 class Tally:

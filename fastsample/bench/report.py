@@ -136,19 +136,19 @@ def headline_text(data: dict[str, Any]) -> tuple[str, str]:
             f"{best['label']} comes closest to the converged solution",
             f"RMSE {number(best['rmse'])} at {number(best['nfe'])} evaluations; no distance was asked for.",
         )
-    if head["kind"] == "no baseline":
-        return (
-            f"{len(data['points'])} settings measured",
-            f"The baseline {head['baseline']} is not among the finished solvers, so nothing is claimed.",
-        )
     where = f"{head['metric']} to the {head['split']} images"
+    if head["kind"] == "no baseline":
+        title = f"{len(data['points'])} settings measured"
+        details = f"The baseline {head['baseline']} is not among the finished solvers."
+        return title, f"{details} {_converged(head)}".strip()
     base = with_error(head["baseline_distance"], head["baseline_se"])
     if head["kind"] == "none":
-        return (
-            f"Nothing here matches {head['baseline']} at {head['baseline_nfe']:g} evaluations with fewer",
+        title = f"Nothing here matches {head['baseline']} at {head['baseline_nfe']:g} evaluations with fewer"
+        details = (
             f"{where}: {base} for {head['baseline']}; to match, the difference plus two standard errors must "
-            f"be at most {head['margin']:.0%} of that.",
+            f"be at most {head['margin']:.0%} of that."
         )
+        return title, f"{details} {_converged(head)}".strip()
     if head["solver"] == head["baseline"]:
         title = f"{head['solver']} needs only {head['nfe']:g} of its {head['baseline_nfe']:g} evaluations"
     else:
@@ -161,7 +161,26 @@ def headline_text(data: dict[str, Any]) -> tuple[str, str]:
         f"{with_error(head['difference'], head['difference_se'])} (two standard errors), and "
         f"{head['speedup']:.1f} times faster per sample."
     )
-    return title, details
+    return title, f"{details} {_converged(head)}".strip()
+
+
+def _converged(head: dict[str, Any]) -> str:
+    """What the headline says about the model's own converged solution."""
+    converged, closest = head["converged"], head["closest"]
+    if converged is None:
+        return ""
+    goal = f"the distance of the model's own converged solution ({with_error(converged['distance'], converged['se'])})"
+    match = converged["match"]
+    text = (
+        f"Nothing here reaches {goal}."
+        if match is None
+        else f"{match['solver']} reaches {goal} in {match['nfe']:g} evaluations."
+    )
+    if closest is not None:
+        often = "every" if closest["wins"] == closest["of"] else f"{closest['wins']} of {closest['of']}"
+        number_of = "number" if often == "every" else "numbers"
+        text += f" {closest['solver']} stays closest to that solution at {often} {number_of} of evaluations."
+    return text
 
 
 def with_error(value: float, se: float) -> str:

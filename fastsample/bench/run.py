@@ -202,7 +202,7 @@ class _Job:
 
     def _measure(self, planned: _Planned) -> dict[str, Any]:
         cell, sampler, n = planned.cell, planned.sampler, self.config.n
-        compared = 0 if sampler.plan.stochastic else min(n, self.config.reference.n)
+        compared = min(n, self.config.reference.n) if self._comparable(sampler) else 0
         moments = [GroupedMoments(m.dim) for m in self.metrics]
         pixels = n * 8 * torch.Size(self.model.shape).numel()
         keep_pixels = (
@@ -263,6 +263,11 @@ class _Job:
             solution = self._load_solution(self.references[cell.seed].cell)
             result["rmse"], result["rmse_median"] = rmse(torch.cat(first), solution)
         return result
+
+    def _comparable(self, sampler: Sampler) -> bool:
+        """Whether a sampler has an error: it draws no noise and ends where the reference solution ends."""
+        reference = next(iter(self.references.values())).sampler
+        return not sampler.plan.stochastic and _final_sigma(sampler) == _final_sigma(reference)
 
     def _sample(self, sampler: Sampler, seed: int, index: range) -> Tensor:
         which = torch.arange(index.start, index.stop, device=self.device)
@@ -474,6 +479,10 @@ def _samplers(
         else:
             notes.append(f"{solver_label(solver)} has no plan with {budget} or fewer evaluations")
     return list(found.values())
+
+
+def _final_sigma(sampler: Sampler) -> float:
+    return sampler.plan.values[-1].sigma
 
 
 def _png(image: Tensor) -> str:

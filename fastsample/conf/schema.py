@@ -70,13 +70,16 @@ class BenchConfig:
         "Solvers by name, or with options: 'solvers=[auto,{name: ddim, eta: 1}]'.",
     )
     nfe: list[int] = option(
-        [4, 5, 6, 8, 10, 15, 20, 30, 50],
+        [4, 5, 6, 8, 10, 15, 20, 50],
         "Budgets of network evaluations: every solver takes the most steps that stay within each.",
     )
     steps: list[int] | None = option(None, "Numbers of steps instead of budgets.")
     grids: list[str | None] = option([None], "Time grids by name; null: the solver's own.")
     seeds: list[int] = option([0], "Seeds; sample i starts from the noise (seed, i) in every cell.")
-    end: str | None = option(None, "Where sampling ends: zero or sigma_min; null: the solver's own.")
+    end: str | None = option(
+        "zero",
+        "Where sampling ends: zero or sigma_min (one end for all is comparable); null: the solver's own.",
+    )
     n: int = option(1000, "Number of samples in a cell.")
     metrics: list[str] | None = option(
         None,

@@ -83,7 +83,7 @@ def _others(k: int) -> Tensor:
 
 
 def _finite(value: Tensor) -> bool:
-    return math.isfinite(float(value))
+    return math.isfinite(float(value.detach()))
 
 
 def scale(process: Process, space: str, s: Tensor, t: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def weights(
         return result
     basis = _integrals(process, space, variable, [u[j] for j in usable], s, t)
     if basis is None:  # infinite interval with no limit: constant interpolation by the node nearest to s
-        nearest = min(usable, key=lambda j: abs(float(nodes[j] - s)))
+        nearest = min(usable, key=lambda j: abs(float((nodes[j] - s).detach())))
         result[nearest] = total
         return result
     # The integrals sum to one up to the quadrature's rounding; make constants exact.

@@ -1,12 +1,13 @@
 """Triton functions of group normalisation; the formulas and the launchers are in group_norm.py.
 
-A tensor is (N, C, S) with either the channel or the spatial stride equal to one. Large groups take three launches:
-``statistics`` reduces each channel over a chunk of the spatial axis, ``combine`` merges the chunks and channels of a
-group, ``apply`` normalises. Keeping the partial results per channel lets a tile straddle groups, so that any
-group width loads whole cache lines in either layout. Small groups take one launch, ``fused``.
+A tensor is (N, C, S) with either the channel or the spatial stride equal to one. Large groups take three
+launches: ``statistics`` reduces each channel over a chunk of the spatial axis, ``combine`` merges the chunks
+and channels of a group, ``apply`` normalises. Keeping the partial results per channel lets a tile straddle
+groups, so that any group width loads whole cache lines in either layout. Small groups take one launch,
+``fused``.
 
-Means and centred sums are merged by the parallel formula of Chan, Golub & LeVeque (1983, eq. 2.1): nothing is ever
-computed as E[h^2] - E[h]^2. Every output has one writer, so results are deterministic.
+Means and centred sums are merged by the parallel formula of Chan, Golub & LeVeque (1983, eq. 2.1): nothing is
+ever computed as E[h^2] - E[h]^2. Every output has one writer, so results are deterministic.
 """
 
 import triton
@@ -24,9 +25,7 @@ def _offsets(c, s, stride_c, stride_s, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def _load(
-    x, offsets, residual, residual_offsets, mask, HAS_RESIDUAL: tl.constexpr, ACC: tl.constexpr
-):
+def _load(x, offsets, residual, residual_offsets, mask, HAS_RESIDUAL: tl.constexpr, ACC: tl.constexpr):
     h = tl.load(x + offsets, mask=mask, other=0.0).to(ACC)
     if HAS_RESIDUAL:
         h += tl.load(residual + residual_offsets, mask=mask, other=0.0).to(ACC)
@@ -71,8 +70,8 @@ def statistics(
     HAS_RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, TANGENT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel over each chunk: mean and centred sum of squares of h = x + residual; with TANGENT also the
-    mean of dx and the centred sum of products of dx and h.
+    """Of each channel over each chunk: mean and centred sum of squares of h = x + residual; with TANGENT also
+    the mean of dx and the centred sum of products of dx and h.
 
     partial: (planes, N, chunks, C), ``plane`` numbers apart.
     """
@@ -123,7 +122,7 @@ def statistics(
 
 @triton.jit
 def combine(
-    partial, plane, moments, moments_n, C, S, G, chunk, chunks, eps,
+    partial, plane, moments, moments_n, C, S, G, width, chunk, chunks, eps,
     TANGENT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One group: merges ``partial`` over chunks and channels.
@@ -133,7 +132,6 @@ def combine(
     pid = tl.program_id(0)
     g = pid % G
     n = (pid // G).to(tl.int64)
-    width = C // G
 
     seen = tl.zeros([], ACC)
     mean = tl.zeros([], ACC)
@@ -179,15 +177,15 @@ def combine(
 def apply(
     x, x_n, x_c, x_s, residual, residual_n, residual_c, residual_s, dx, dx_n, dx_c, dx_s,
     moments, moments_n, weight, weight_n, bias, bias_n, scale, scale_n, shift, shift_n, dgain, doffset,
-    y, y_n, y_c, y_s, dy, C, S, G, tiles,
+    y, y_n, y_c, y_s, dy, C, S, G, width, tiles,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, TANGENT: tl.constexpr,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """y = act(xhat gain + offset); with TANGENT also dy, with dgain and doffset of shape (N, C).
 
-    Tiles run from the end of the tensor to its start, so that the first ones find in cache what ``statistics`` read
-    last. ``dy`` has the strides of ``y``.
+    Tiles run from the end of the tensor to its start, so that the first ones find in cache what
+    ``statistics`` read last. ``dy`` has the strides of ``y``.
     """
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     blocks = tl.cdiv(C, BLOCK_C)
@@ -198,13 +196,14 @@ def apply(
     mask = inside[:, None] & (s < S)[None, :]
     h = _load(
         x + n * x_n, _offsets(c, s, x_c, x_s, CHANNELS_LAST),
-        residual + n * residual_n, _offsets(c, s, residual_c, residual_s, CHANNELS_LAST), mask, HAS_RESIDUAL, ACC,
+        residual + n * residual_n, _offsets(c, s, residual_c, residual_s, CHANNELS_LAST), mask, HAS_RESIDUAL,
+        ACC,
     )  # fmt: skip
     gain, offset = _affine(
         n, c, inside, weight, weight_n, bias, bias_n, scale, scale_n, shift, shift_n,
         HAS_WEIGHT, HAS_BIAS, HAS_SCALE, HAS_SHIFT, ACC,
     )  # fmt: skip
-    at = moments + n * moments_n + c // (C // G)
+    at = moments + n * moments_n + c // width
     mean = tl.load(at, mask=inside, other=0.0)
     rstd = tl.load(at + G, mask=inside, other=0.0)
     xhat = (h - mean[:, None]) * rstd[:, None]
@@ -226,7 +225,7 @@ def apply(
 def fused(
     x, x_n, x_c, x_s, residual, residual_n, residual_c, residual_s,
     moments, moments_n, weight, weight_n, bias, bias_n, scale, scale_n, shift, shift_n,
-    y, y_n, y_c, y_s, C, S, G, eps,
+    y, y_n, y_c, y_s, C, S, G, width, eps,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -235,7 +234,6 @@ def fused(
     pid = tl.program_id(0)
     g = pid % G
     n = (pid // G).to(tl.int64)
-    width = C // G
     x += n * x_n
     residual += n * residual_n
     y += n * y_n
@@ -304,7 +302,7 @@ def _recompute(
 def backward_sums(
     x, x_n, x_c, x_s, residual, residual_n, residual_c, residual_s, gy, gy_n, gy_c, gy_s,
     moments, moments_n, weight, weight_n, bias, bias_n, scale, scale_n, shift, shift_n,
-    partial, plane, C, S, G, chunk, chunks,
+    partial, plane, C, S, G, width, chunk, chunks,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -322,7 +320,7 @@ def backward_sums(
         n, c, inside, weight, weight_n, bias, bias_n, scale, scale_n, shift, shift_n,
         HAS_WEIGHT, HAS_BIAS, HAS_SCALE, HAS_SHIFT, ACC,
     )  # fmt: skip
-    at = moments + n * moments_n + c // (C // G)
+    at = moments + n * moments_n + c // width
     mean = tl.load(at, mask=inside, other=0.0)
     rstd = tl.load(at + G, mask=inside, other=0.0)
 
@@ -344,7 +342,7 @@ def backward_sums(
 
 @triton.jit
 def backward_combine(
-    partial, plane, weight, weight_n, scale, scale_n, sums, means, C, S, G, chunks,
+    partial, plane, weight, weight_n, scale, scale_n, sums, means, C, S, G, width, chunks,
     HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -354,7 +352,6 @@ def backward_combine(
     pid = tl.program_id(0)
     g = pid % G
     n = (pid // G).to(tl.int64)
-    width = C // G
     first = tl.zeros([], ACC)
     second = tl.zeros([], ACC)
     for c0 in range(0, width, BLOCK_C):
@@ -385,7 +382,7 @@ def backward_combine(
 def backward_apply(
     x, x_n, x_c, x_s, residual, residual_n, residual_c, residual_s, gy, gy_n, gy_c, gy_s,
     moments, moments_n, means,
-    weight, weight_n, bias, bias_n, scale, scale_n, shift, shift_n, gx, gx_n, gx_c, gx_s, C, S, G, tiles,
+    weight, weight_n, bias, bias_n, scale, scale_n, shift, shift_n, gx, gx_n, gx_c, gx_s, C, S, G, width, tiles,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -402,10 +399,10 @@ def backward_apply(
         n, c, inside, weight, weight_n, bias, bias_n, scale, scale_n, shift, shift_n,
         HAS_WEIGHT, HAS_BIAS, HAS_SCALE, HAS_SHIFT, ACC,
     )  # fmt: skip
-    at = moments + n * moments_n + c // (C // G)
+    at = moments + n * moments_n + c // width
     mean = tl.load(at, mask=inside, other=0.0)
     rstd = tl.load(at + G, mask=inside, other=0.0)
-    at = means + 2 * n * G + c // (C // G)
+    at = means + 2 * n * G + c // width
     first = tl.load(at, mask=inside, other=0.0)
     second = tl.load(at + G, mask=inside, other=0.0)
     xhat, gz = _recompute(

@@ -1,7 +1,7 @@
 """What every kernel shares: where Triton can run and why not, forward-mode tangents, batching, allocation.
 
-Version-dependent behaviour of PyTorch and Triton is handled in this file only. Triton itself is imported at the
-first launch: the Triton functions of a kernel live in ``_<name>_kernels.py``, which its launcher imports.
+Version-dependent behaviour of PyTorch and Triton is handled in this file only. Triton itself is imported at
+the first launch: the Triton functions of a kernel live in ``_<name>_kernels.py``, which its launcher imports.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ def _why_not_device(device_type: str, index: int) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
     if device_type == "cpu":
-        return None if INTERPRET else "CPU tensors run in plain torch (TRITON_INTERPRET=1 interprets the kernels)"
+        return None if INTERPRET else "CPU tensors run in plain torch (see TRITON_INTERPRET=1)"
     if device_type != "cuda" or torch.version.hip is not None:
         return f"no kernels for device {device_type!r}{' (ROCm)' if torch.version.hip else ''}"
     capability = torch.cuda.get_device_capability(index)
     if capability < MIN_CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+        return f"compute capability {capability} is below {MIN_CAPABILITY}"
     return None
 
 
 def why_not(*tensors: Tensor | None) -> str | None:
     """Why Triton cannot run on these tensors, or None when it can.
 
-    Devices: CUDA of compute capability 8.0 or newer, and the CPU under Triton's interpreter. Data types: float16,
+    Devices: CUDA of compute capability 8.0 or newer, and the CPU under Triton's interpreter. Data types:
+        float16,
     bfloat16, float32; float64 under the interpreter only.
     """
     for tensor in tensors:
@@ -86,9 +87,13 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     }[dtype]
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def empty(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, strides: Sequence[int] | None = None
+) -> Tensor:
     """Every output and every scratch buffer of a kernel is allocated here (tests poison it)."""
-    return torch.empty(shape, dtype=dtype, device=device)
+    if strides is not None:
+        return torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=device)
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
 def on_device(tensor: Tensor) -> Any:
@@ -126,8 +131,8 @@ def refuse_duals(name: str, *tensors: Tensor | None) -> None:
     """
     if unpack_duals(tensors)[1] is not None:
         raise NotImplementedError(
-            f"forward-mode derivative of {name}: second derivatives are not implemented in the kernels; run the "
-            "plain modules there (unpatch the model)"
+            f"forward-mode derivative of {name}: second derivatives are not implemented in the kernels; "
+            "run the plain modules there (unpatch the model)"
         )
 
 
@@ -155,7 +160,8 @@ def differentiable(
 
     Returns:
         The function to call instead of the operator. ``register_autograd`` serves eager and compiled code but
-        fails under ``torch.func.grad`` (torch 2.6 to 2.14 at least), where only an ``autograd.Function`` works.
+        fails under ``torch.func.grad`` (torch 2.6 to 2.14 at least), where only an ``autograd.Function``
+        works.
     """
     setup = setup_context or (lambda ctx, inputs, output: None)
     operator.register_autograd(backward, setup_context=setup)
@@ -191,8 +197,8 @@ def fold(tensor: Tensor | None, dim: int | None, size: int, inner: int | None = 
         tensor: as the operator would see it, with the mapped dimension at ``dim`` (None: not mapped).
         dim: position of the mapped dimension.
         size: of the mapped dimension.
-        inner: the batch B of the call; given for tensors that all of the batch shares, (C,), which then become
-            (size * B, C) where they are mapped and stay as they are otherwise.
+        inner: the batch B of the call; given for tensors that all of the batch shares, (C,), which then
+            become (size * B, C) where they are mapped and stay as they are otherwise.
     """
     if tensor is None or (inner is not None and dim is None):
         return tensor
@@ -202,9 +208,30 @@ def fold(tensor: Tensor | None, dim: int | None, size: int, inner: int | None = 
     return mapped.reshape(size * mapped.shape[1], *mapped.shape[2:])
 
 
-def unfold(tensor: Tensor, size: int) -> Tensor:
-    """(size * B, ...) -> (size, B, ...)."""
-    return tensor.reshape(size, tensor.shape[0] // size, *tensor.shape[1:])
+def batched(operator: Any, kinds: str) -> None:
+    """Give an operator the vmap rule that makes the mapped dimension a part of the batch.
+
+    Args:
+        operator: made by ``torch.library.custom_op``; every output has a batch axis first, and its first
+            argument is a tensor with one.
+        kinds: one letter an argument: ``n`` a tensor with a batch axis first (or None), ``p`` a tensor that
+            is (C,) or (batch, C) (or None), ``-`` not a tensor.
+    """
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
+        size, dims = info.batch_size, in_dims
+        batch = args[0].shape[0] if dims[0] is None else args[0].movedim(dims[0], 0).shape[1]
+        folded = []
+        for kind, dim, arg in zip(kinds, dims, args, strict=True):
+            shared = kind == "p" and arg is not None and arg.ndim - (dim is not None) == 1
+            folded.append(arg if kind == "-" else fold(arg, dim, size, batch if shared else None))
+        outputs = operator(*folded)
+        # An output that was not asked for has no elements, and no batch.
+        dims = tuple(0 if out.numel() else None for out in outputs)
+        mapped = zip(dims, outputs, strict=True)
+        return tuple(out if dim is None else out.unflatten(0, (size, -1)) for dim, out in mapped), dims
+
+    operator.register_vmap(rule)
 
 
 # -- explain -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ _TO_ANGLE = tl.constexpr(6.283185307179586 * 2.0**-24)
 
 @triton.jit
 def words(seed, block, stream, sample):
-    """Philox4x32-10 on the counter (block, stream, sample low, sample high): four uint32 tensors like ``block``."""
+    """Philox4x32-10 on the counter (block, stream, sample low, sample high): four uint32 words each."""
     c0 = block.to(tl.uint32)
     none = tl.zeros_like(c0)
     return tl.philox(
@@ -22,11 +22,28 @@ def words(seed, block, stream, sample):
 
 
 @triton.jit
+def _cos_sin(angle):
+    """Of angles in [0, 2 pi], to an ulp or two (Cody & Waite's reduction, Cephes' polynomials): the library's functions
+    carry a path for huge angles that takes memory.
+    """
+    k = tl.floor(angle * 0.6366197723675814 + 0.5)
+    r = ((angle - k * 1.5703125) - k * 4.837512969970703125e-4) - k * 7.549789954891882e-8  # pi / 2 in three parts
+    z = r * r
+    sin = r + r * z * ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1)
+    cos = 1 - 0.5 * z + z * z * ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2)
+    quadrant = k.to(tl.int32) & 3
+    odd = (quadrant & 1) == 1
+    c = tl.where(odd, sin, cos)
+    s = tl.where(odd, cos, sin)
+    return tl.where((quadrant == 1) | (quadrant == 2), -c, c), tl.where(quadrant >= 2, -s, s)
+
+
+@triton.jit
 def _box_muller(u, v):
     # 24 bits each, exact in float32; the radius never sees log(0).
     radius = tl.sqrt_rn(-2 * tl.log(((u >> 8) + 1).to(tl.float32) * _TO_UNIT))
-    angle = (v >> 8).to(tl.float32) * _TO_ANGLE
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    c, s = _cos_sin((v >> 8).to(tl.float32) * _TO_ANGLE)
+    return radius * c, radius * s
 
 
 @triton.jit
@@ -54,7 +71,7 @@ def update(
     TERMS: tl.constexpr, STATE: tl.constexpr, HAS_OUTPUT: tl.constexpr, HAS_NULL: tl.constexpr,
     HAS_NOISE: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """y = sum_j a_j x_j + b m + c z and m = p x_STATE + q (null + guidance (output - null)), over (samples, size)."""
+    """y = sum_j a_j x_j + b m + c z, m = p x_STATE + q (null + guidance (output - null)); (samples, size)."""
     pid = tl.program_id(0)
     sample = (pid // tiles).to(tl.int64)
     tile = pid % tiles
@@ -62,12 +79,7 @@ def update(
     mask = at < size
     start = sample * size
 
-    result = tl.zeros([4 * BLOCKS], ACC)
-    state = result
-    if TERMS > 0:
-        value, result = _term(x0 + start, a0, at, mask, ACC)
-        if STATE == 0:
-            state = value
+    state, result = _term(x0 + start, a0, at, mask, ACC)
     if TERMS > 1:
         value, term = _term(x1 + start, a1, at, mask, ACC)
         result += term

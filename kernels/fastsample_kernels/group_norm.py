@@ -5,8 +5,8 @@
     z    = (xhat weight + bias) (1 + scale) + shift        = xhat gain + offset
     y    = silu(z) or z
 
-Statistics are float32 whatever the tensors are. Layers: reference, tiles, launchers, operators, ``group_norm``; the
-Triton functions are in ``_group_norm_kernels.py``.
+Statistics are float32 whatever the tensors are. Layers: reference, tiles, launchers, operators,
+``group_norm``; the Triton functions are in ``_group_norm_kernels.py``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def reference(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """:func:`group_norm` in plain torch: what runs where Triton does not, and what the kernels are tested against."""
+    """:func:`group_norm` in plain torch: what runs where Triton does not, and what tests compare with."""
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     h = x if residual is None else x + residual
     weight, bias = (None if p is None else p.to(h.dtype) for p in (weight, bias))
@@ -83,10 +83,10 @@ class Tiles:
     warps: int
 
 
-_FUSED_TILE = 8192  # elements: 32 a thread with eight warps
+_FUSED_TILE = 16384  # bytes, with eight warps
 _TILE = 4096
-_FUSED_ELEMENTS = 1 << 16  # of a group: at most eight tiles of one program
-_CACHED_BYTES = 8 << 20  # of a tensor that stays in any L2 cache between the two reads
+_FUSED_ELEMENTS = 1 << 16  # of a group: a few tiles of one program
+_NARROW_BYTES = 1 << 20  # of a channels-last tensor for which one launch beats wide loads
 
 
 def _power_of_2(n: int) -> int:
@@ -107,12 +107,12 @@ def tiles(
     width = channels // num_groups
     elements = width * spatial
     small = elements <= _FUSED_ELEMENTS and (
-        batch * num_groups >= multiprocessors // 4 or elements <= _FUSED_TILE
+        batch * num_groups >= multiprocessors // 4 or elements * itemsize <= _FUSED_TILE
     )
-    # Channels-last groups are narrow strips of cache lines that other programs read too: cheap from cache only.
-    fused = small and (not channels_last or batch * channels * spatial * itemsize <= _CACHED_BYTES)
+    # A channels-last group is a narrow strip of cache lines that other programs read too.
+    fused = small and (not channels_last or batch * channels * spatial * itemsize <= _NARROW_BYTES)
     group_c = min(_power_of_2(width), 64)
-    group_s = min(_power_of_2(spatial), _FUSED_TILE // group_c)
+    group_s = min(_power_of_2(spatial), _FUSED_TILE // itemsize // group_c)
     if channels_last:
         block_c = min(_power_of_2(channels), 64)
         block_s = min(_power_of_2(spatial), _TILE // block_c)
@@ -224,6 +224,7 @@ class _Call:
             "HAS_RESIDUAL": residual is not None,
         }
         self.size = {"C": self.channels, "S": self.spatial}
+        self.grouping = {"G": num_groups, "width": self.channels // num_groups}
         self.flags = {"CHANNELS_LAST": self.channels_last, "ACC": runtime.triton_dtype(self.acc)}
         self.affine: dict[str, Any] = {}
         for name, p in zip(("weight", "bias", "scale", "shift"), affine, strict=True):
@@ -275,18 +276,19 @@ def forward_launches(
     y = _empty_like(call.x)
     dy = _empty_like(call.x) if tangent else y
     planes = 4 if tangent else 2
-    moments = {"moments": call.empty(call.batch, planes, call.groups), "moments_n": planes * call.groups}
+    memory = call.empty(call.batch, planes, call.groups)
+    moments = {"moments": memory, "moments_n": planes * call.groups}
     result = call.tensor("y", y)
     if t.fused and not tangent:
         block = {"BLOCK_C": t.group_c, "BLOCK_S": t.group_s}
         common = (call.input, moments, call.affine, result, call.size, call.act, call.flags, block)
         launch = call.launch(
-            kernels.fused, call.batch * call.groups, t.warps, *common, {"G": call.groups, "eps": eps}
+            kernels.fused, call.batch * call.groups, t.warps, *common, call.grouping, {"eps": eps}
         )
-        return [launch], y, dy, moments["moments"]
+        return [launch], y, dy, memory
     partial = call.partial(planes)
     tangents = call.tensor("dx", call.x if dx is None else dx)
-    switch, groups = {"TANGENT": tangent}, {"G": call.groups}
+    switch, groups = {"TANGENT": tangent}, call.grouping
     acc = {"ACC": call.flags["ACC"]}
     launches = [
         call.launch(
@@ -304,12 +306,10 @@ def forward_launches(
             call.size, groups, {"tiles": call.over_tiles}, call.act, switch, call.flags, call.block,
         ),
     ]  # fmt: skip
-    return launches, y, dy, moments["moments"]
+    return launches, y, dy, memory
 
 
-def backward_launches(
-    call: _Call, gy: Tensor, moments: Tensor
-) -> tuple[list[Launch], Tensor, Tensor]:
+def backward_launches(call: _Call, gy: Tensor, moments: Tensor) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of the backward pass, and the gradients of h and, (N, 2, C), of gain and offset."""
     from . import _group_norm_kernels as kernels
 
@@ -320,7 +320,7 @@ def backward_launches(
     sums = call.empty(call.batch, 2, call.channels)
     means = {"means": call.empty(call.batch, 2, call.groups)}
     saved = {"moments": moments.contiguous(), "moments_n": 2 * call.groups}
-    groups, acc = {"G": call.groups}, {"ACC": call.flags["ACC"]}
+    groups, acc = call.grouping, {"ACC": call.flags["ACC"]}
     names = ("weight", "weight_n", "HAS_WEIGHT", "scale", "scale_n", "HAS_SCALE")
     launches = [
         call.launch(
@@ -415,17 +415,17 @@ def _fake_moments(x: Tensor, num_groups: int) -> Tensor:
 
 
 @_forward.register_fake
-def _(x, residual, weight, bias, scale, shift, num_groups, eps, silu):  # type: ignore[no-untyped-def]
+def _(x, residual, weight, bias, scale, shift, num_groups, eps, silu):
     return _empty_like(x), _fake_moments(x, num_groups)
 
 
 @_jvp.register_fake
-def _(x, residual, weight, bias, scale, shift, dh, dgain, doffset, num_groups, eps, silu):  # type: ignore[no-untyped-def]
+def _(x, residual, weight, bias, scale, shift, dh, dgain, doffset, num_groups, eps, silu):
     return _empty_like(x), _fake_moments(x, num_groups), _empty_like(x)
 
 
 @_backward.register_fake
-def _(gy, x, residual, weight, bias, scale, shift, moments, num_groups, silu):  # type: ignore[no-untyped-def]
+def _(gy, x, residual, weight, bias, scale, shift, moments, num_groups, silu):
     return _empty_like(x), x.new_empty((x.shape[0], 2, x.shape[1]), dtype=runtime.accumulator(x.dtype))
 
 
@@ -444,9 +444,7 @@ def _gradients(ctx: Any, gy: Tensor | None, *_: Tensor | None) -> tuple[Tensor |
     if gy is None:
         return (None,) * 6
     runtime.refuse_duals("group_norm's gradient", gy, x, residual, weight, bias, scale, shift)
-    gx, sums = _call_backward(
-        gy, x, residual, weight, bias, scale, shift, moments, ctx.num_groups, ctx.silu
-    )
+    gx, sums = _call_backward(gy, x, residual, weight, bias, scale, shift, moments, ctx.num_groups, ctx.silu)
     ggain, goffset = sums.unbind(1)
 
     def reduced(gradient: Tensor, p: Tensor) -> Tensor:
@@ -477,8 +475,8 @@ def _jvp_gradients(
 ) -> tuple[Tensor | None, ...]:
     if gdy is not None:
         raise NotImplementedError(
-            "gradient of a forward-mode derivative of group_norm: second derivatives are not implemented in the "
-            "kernels; detach the tangent, or run the plain modules there (unpatch the model)"
+            "gradient of a forward-mode derivative of group_norm: second derivatives are not implemented in "
+            "the kernels; detach the tangent, or run the plain modules there (unpatch the model)"
         )
     return (*_gradients(ctx, gy), None, None, None, None, None, None)
 
@@ -488,33 +486,10 @@ _call_jvp = runtime.differentiable(_jvp, _jvp_gradients, _save)
 _call_backward = runtime.differentiable(_backward)
 
 
-# -- vmap: the mapped dimension becomes part of the batch ----------------------------------------------------
-
-
-def _folded(kinds: str, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
-    """The arguments, by kind: ``n`` with a batch axis, ``p`` (C,) or (N, C), ``-`` not a tensor."""
-    size = info.batch_size
-    batch = args[0].shape[0] if dims[0] is None else args[0].movedim(dims[0], 0).shape[1]
-    folded = []
-    for kind, dim, arg in zip(kinds, dims, args, strict=True):
-        shared = kind == "p" and arg is not None and arg.ndim - (dim is not None) == 1
-        folded.append(arg if kind == "-" else runtime.fold(arg, dim, size, batch if shared else None))
-    return folded
-
-
-def _batched(operator: Any, kinds: str) -> None:
-    """Give the operator its vmap rule."""
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
-        outputs = operator(*_folded(kinds, info, in_dims, args))
-        return tuple(runtime.unfold(out, info.batch_size) for out in outputs), (0,) * len(outputs)
-
-    operator.register_vmap(rule)
-
-
-_batched(_forward, "nnpppp---")
-_batched(_jvp, "nnppppnnn---")
-_batched(_backward, "nnnppppn--")
+# The mapped dimension of vmap becomes part of the batch.
+runtime.batched(_forward, "nnpppp---")
+runtime.batched(_jvp, "nnppppnnn---")
+runtime.batched(_backward, "nnnppppn--")
 
 
 # -- the function --------------------------------------------------------------------------------------------
@@ -541,10 +516,14 @@ def _check(
         raise ValueError(f"activation={activation!r} is not one of {', '.join(map(repr, ACTIVATIONS))}")
     for name, p in (("weight", weight), ("bias", bias)):
         if p is not None and p.shape != (channels,):
-            raise ValueError(f"{name} has shape {tuple(p.shape)}; expected ({channels},), one number a channel")
+            raise ValueError(
+                f"{name} has shape {tuple(p.shape)}; expected ({channels},), one number a channel"
+            )
     for name, p in (("scale", scale), ("shift", shift)):
         if p is not None and p.shape != x.shape[:2]:
-            raise ValueError(f"{name} has shape {tuple(p.shape)}; expected (batch, channels) = {tuple(x.shape[:2])}")
+            raise ValueError(
+                f"{name} has shape {tuple(p.shape)}; expected (batch, channels) = {tuple(x.shape[:2])}"
+            )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected that of x, {tuple(x.shape)}")
 
@@ -568,19 +547,20 @@ def group_norm(
 ) -> Tensor:
     """Group normalisation of ``x + residual``, modulated and activated (formulas at the top of the module).
 
-    Differentiable in reverse mode and in forward mode (each once) with respect to every tensor; results do not
-    change from run to run. Under autocast the type of the result stays that of ``x``, since the arithmetic is
-    float32 anyway.
+    Differentiable in reverse mode and in forward mode (each once) with respect to every tensor; results do
+    not change from run to run. Under autocast the type of the result stays that of ``x``, since the
+    arithmetic is float32 anyway.
 
     Args:
-        x: (batch, channels, ...), any number of further axes, floating point. Read in place where it is contiguous
-            or channels last (batch and channel slices included), copied once otherwise.
+        x: (batch, channels, ...), any number of further axes, floating point. Read in place where it is
+            contiguous or channels last (batch and channel slices included), copied once otherwise.
         num_groups: divides ``channels``; each group is normalised on its own.
         weight, bias: (channels,), or None for 1 and 0.
         eps: added to the variance.
         activation: ``"silu"`` or None.
         scale, shift: (batch, channels), the modulation ``y * (1 + scale) + shift`` before the activation.
-        residual: of the shape of ``x``, added before the statistics are taken. The sum itself is not returned.
+        residual: of the shape of ``x``, added before the statistics are taken. The sum itself is not
+            returned.
 
     Returns:
         y, of the shape and layout of ``x`` and the wider of the types of ``x`` and ``residual``.
@@ -592,7 +572,15 @@ def group_norm(
     _check(x, num_groups, weight, bias, activation, scale, shift, residual)
     if supported(x, weight, bias, scale, shift, residual) is not None:
         return reference(
-            x, num_groups, weight, bias, eps, activation=activation, scale=scale, shift=shift, residual=residual
+            x,
+            num_groups,
+            weight,
+            bias,
+            eps,
+            activation=activation,
+            scale=scale,
+            shift=shift,
+            residual=residual,
         )
     if residual is not None and residual.dtype != x.dtype:
         wide = torch.promote_types(x.dtype, residual.dtype)
@@ -610,8 +598,8 @@ def _tangents(primals: list[Any], tangents: list[Tensor | None]) -> tuple[Tensor
     """Tangents of h, gain and offset (see the top of the module), the last two (N, C)."""
     x, _, weight, bias, scale, _ = primals
     dx, dresidual, dweight, dbias, dscale, dshift = tangents
-    dh = torch.zeros_like(x) if dx is None and dresidual is None else None
-    dh = dh if dh is not None else dx if dresidual is None else dresidual if dx is None else dx + dresidual
+    given = [t for t in (dx, dresidual) if t is not None]
+    dh = sum(given[1:], given[0]) if given else torch.zeros_like(x)
     acc = runtime.accumulator(x.dtype)
     zero = torch.zeros(x.shape[:2], dtype=acc, device=x.device)
     modulation = 1 if scale is None else 1 + scale.to(acc)
@@ -650,7 +638,8 @@ def _explain(
     if known is not None and known.channels_last:
         where = "channels last"
     cut = tiles(
-        *x.shape[:2],
+        x.shape[0],
+        x.shape[1],
         math.prod(x.shape[2:]),
         num_groups,
         channels_last=where == "channels last",

@@ -3,8 +3,8 @@
     m = p x_s + q (null + guidance (output - null))        conversion of the network's output, guided
     y = sum_j a_j x_j + b m + c z                          the solver's row; z is counter-based normal noise
 
-``x_j`` are earlier states and predictions, ``x_s`` one of them: the state that the network was evaluated at. Both y
-and m are written. Layers: noise, reference, launcher, operator, ``update``; the Triton function is in
+``x_j`` are earlier states and predictions, ``x_s`` one of them: the state that the network was evaluated at.
+Both y and m are written. Layers: noise, reference, launcher, operator, ``update``; the Triton function is in
 ``_update_kernels.py``.
 """
 
@@ -33,8 +33,9 @@ _SEED = 1 << 64
 class Noise:
     """One draw of counter-based normal noise for every sample of a batch.
 
-    Philox4x32-10 (Salmon et al. 2011) keyed by ``seed`` on the counter (block of four elements, stream, sample low,
-    sample high), then Box-Muller: what a sample draws depends on neither the batch nor the device.
+    Philox4x32-10 (Salmon et al. 2011) keyed by ``seed`` on the counter (block of four elements, stream,
+    sample low, sample high), then Box-Muller: what a sample draws depends on neither the batch nor the
+    device.
 
     Attributes:
         coefficient: c, the noise's weight.
@@ -64,7 +65,7 @@ def philox(seed: int, block: Tensor, stream: int, sample: Tensor) -> tuple[Tenso
 
 
 def normal(like: Tensor, seed: int, stream: int, index: Tensor) -> Tensor:
-    """The noise z of :class:`Noise` in plain torch: float32 normals, (batch, ...), in the type of ``like``."""
+    """The z of :class:`Noise` in plain torch: float32 normals in the type and shape of ``like``."""
     count = math.prod(like.shape[1:])
     block = torch.arange(-(-count // 4), device=like.device)
     normals = []
@@ -92,11 +93,9 @@ def reference(
     noise: Noise | None = None,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`update` in plain torch: what runs where Triton does not, and what the kernel is tested against."""
-    like = tensors[0] if tensors else output
-    assert like is not None
-    acc = runtime.accumulator(like.dtype)
-    y = torch.zeros_like(like, dtype=acc) if not tensors else tensors[0].to(acc) * coefficients[0]
+    """:func:`update` in plain torch: what runs where Triton does not, and what tests compare with."""
+    acc = runtime.accumulator(tensors[0].dtype)
+    y = tensors[0].to(acc) * coefficients[0]
     for x, a in zip(tensors[1:], coefficients[1:], strict=True):
         y = torch.add(y, x.to(acc), alpha=a)
     m = None
@@ -108,7 +107,8 @@ def reference(
         y = torch.add(y, m, alpha=weight)
     if noise is not None:
         y = torch.add(y, normal(y, noise.seed, noise.stream, noise.index), alpha=noise.coefficient)
-    return y.to(like.dtype), m.to(like.dtype) if m is not None and keep else None
+    dtype = tensors[0].dtype
+    return y.to(dtype), m.to(dtype) if m is not None and keep else None
 
 
 # -- launcher and operator -----------------------------------------------------------------------------------
@@ -121,52 +121,61 @@ def _same_memory_order(tensors: Sequence[Tensor]) -> bool:
     return dense and all(t.stride() == first.stride() for t in tensors)
 
 
+def _empty_outputs(
+    tensors: Sequence[Tensor], output: Tensor | None, null: Tensor | None, index: Tensor | None, keep: bool
+) -> tuple[bool, Tensor, Tensor]:
+    """Whether the kernel runs in memory order; y; m (without elements unless kept)."""
+    first = tensors[0]
+    # Noise is counted in the logical order of the elements.
+    in_place = index is None and _same_memory_order([t for t in (*tensors, output, null) if t is not None])
+    strides = first.stride() if in_place else None
+    y = runtime.empty(first.shape, first.dtype, first.device, strides)
+    m = runtime.empty(first.shape if keep else (0,), first.dtype, first.device, strides if keep else None)
+    return in_place, y, m
+
+
 def update_launch(
     tensors: Sequence[Tensor],
-    coefficients: Sequence[float],
     output: Tensor | None,
     null: Tensor | None,
+    index: Tensor | None,
+    coefficients: Sequence[float],
     guidance: float,
     state: int,
     p: float,
     q: float,
     weight: float,
-    index: Tensor | None,
     seed: int,
     stream: int,
     c: float,
     keep: bool,
 ) -> tuple[Launch, Tensor, Tensor]:
-    """The launch, y and m (empty unless kept)."""
+    """The launch, y and m. ``state`` is -1 for none; m has no elements unless kept."""
     from ._update_kernels import update as kernel
 
-    given = [t for t in (*tensors, output, null) if t is not None]
-    in_place = index is None and _same_memory_order(given)
-    # Noise is counted in the order of the elements, so it needs them in that order.
-    xs = list(tensors) if in_place else [t.contiguous() for t in tensors]
-    output, null = (t if in_place or t is None else t.contiguous() for t in (output, null))
-    like = xs[0] if xs else output
-    assert like is not None
-    y = runtime.empty_like(like)
-    m = runtime.empty_like(like) if keep else like.new_empty(0)
-    samples = like.shape[0] if index is not None else 1
-    size = like.numel() // samples
+    in_place, y, m = _empty_outputs(tensors, output, null, index, keep)
+    xs = [t if in_place else t.contiguous() for t in tensors]
+    samples = y.shape[0] if index is not None else 1
+    size = y.numel() // samples
     tiles = -(-size // (4 * _BLOCKS))
-    arguments: dict[str, Any] = {}
-    for j in range(MAX_TERMS):
-        arguments[f"x{j}"] = xs[j] if j < len(xs) else like
-        arguments[f"a{j}"] = float(coefficients[j]) if j < len(xs) else 0.0
+
+    def pointer(t: Tensor | None) -> Tensor:
+        return xs[0] if t is None else t if in_place else t.contiguous()
+
+    padding = MAX_TERMS - len(xs)
+    arguments: dict[str, Any] = {f"x{j}": x for j, x in enumerate([*xs, *xs[:1] * padding])}
+    arguments |= {f"a{j}": float(a) for j, a in enumerate([*coefficients, *[0.0] * padding])}
     arguments |= {
-        "output": like if output is None else output,
-        "null": like if null is None else null,
-        "guidance": float(guidance),
-        "p": float(p),
-        "q": float(q),
-        "b": float(weight),
-        "index": like if index is None else index.contiguous(),
+        "output": pointer(output),
+        "null": pointer(null),
+        "guidance": guidance,
+        "p": p,
+        "q": q,
+        "b": weight,
+        "index": pointer(index),
         "seed": seed,
         "stream": stream,
-        "c": float(c),
+        "c": c,
         "y": y,
         "m": m if keep else y,
         "size": size,
@@ -177,7 +186,7 @@ def update_launch(
         "HAS_NULL": null is not None,
         "HAS_NOISE": index is not None,
         "KEEP": keep,
-        "ACC": runtime.triton_dtype(runtime.accumulator(like.dtype)),
+        "ACC": runtime.triton_dtype(runtime.accumulator(y.dtype)),
         "BLOCKS": _BLOCKS,
     }
     return Launch(kernel, (samples * tiles,), arguments, 4, 1), y, m
@@ -185,24 +194,214 @@ def update_launch(
 
 @torch.library.custom_op("fastsample_kernels::update", mutates_args=())
 def _update(
-    tensors: list[Tensor],
-    coefficients: list[float],
+    x0: Tensor,
+    x1: Tensor | None,
+    x2: Tensor | None,
+    x3: Tensor | None,
+    x4: Tensor | None,
+    x5: Tensor | None,
+    x6: Tensor | None,
+    x7: Tensor | None,
     output: Tensor | None,
     null: Tensor | None,
+    index: Tensor | None,
+    coefficients: list[float],
     guidance: float,
     state: int,
     p: float,
     q: float,
     weight: float,
-    index: Tensor | None,
     seed: int,
     stream: int,
     c: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
+    given = [x for x in (x0, x1, x2, x3, x4, x5, x6, x7) if x is not None]
     launch, y, m = update_launch(
-        tensors, coefficients, output, null, guidance, state, p, q, weight, index, seed, stream, c, keep
+        given, output, null, index, coefficients, guidance, state, p, q, weight, seed, stream, c, keep
     )
     with runtime.on_device(y):
         launch()
     return y, m
+
+
+@_update.register_fake
+def _(*args):
+    given = [x for x in args[:MAX_TERMS] if x is not None]
+    output, null, index = args[MAX_TERMS : MAX_TERMS + 3]
+    return _empty_outputs(given, output, null, index, args[-1])[1:]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[: MAX_TERMS + 2]]
+    ctx.coefficients, ctx.guidance, ctx.state, ctx.p, ctx.q, ctx.weight = inputs[
+        MAX_TERMS + 3 : MAX_TERMS + 9
+    ]
+    ctx.keep = inputs[-1]
+
+
+def _gradients(ctx: Any, gy: Tensor | None, gm: Tensor | None) -> tuple[Any, ...]:
+    """The update is linear, so its gradients are multiples of those of y and m."""
+    if not ctx.keep:
+        gm = None
+
+    def total(*terms: tuple[float, Tensor | None]) -> Tensor | None:
+        parts = [a * g for a, g in terms if g is not None]
+        return sum(parts[1:], parts[0]) if parts else None
+
+    at_m = total((1.0, gm), (ctx.weight, gy))
+    gradients = [total((a, gy)) for a in ctx.coefficients] + [None] * (MAX_TERMS - len(ctx.coefficients))
+    if ctx.state >= 0:
+        gradients[ctx.state] = total((1.0, gradients[ctx.state]), (ctx.p, at_m))
+    share = 1.0 if ctx.dtypes[-1] is None else ctx.guidance
+    gradients += [total((ctx.q * share, at_m)), total((ctx.q * (1 - share), at_m))]
+    cast = [
+        None if g is None or dtype is None else g.to(dtype)
+        for g, dtype in zip(gradients, ctx.dtypes, strict=True)
+    ]
+    return (*cast, *[None] * 11)
+
+
+_call_update = runtime.differentiable(_update, _gradients, _save)
+runtime.batched(_update, "n" * (MAX_TERMS + 3) + "-" * 10)
+
+
+# -- the function --------------------------------------------------------------------------------------------
+
+
+def _check(
+    tensors: Sequence[Tensor],
+    coefficients: Sequence[float],
+    output: Tensor | None,
+    null: Tensor | None,
+    state: int | None,
+    noise: Noise | None,
+) -> None:
+    if not tensors:
+        raise ValueError("tensors is empty; give at least one state")
+    if len(coefficients) != len(tensors):
+        raise ValueError(f"{len(tensors)} tensors but {len(coefficients)} coefficients; give one for each")
+    shape = tensors[0].shape
+    if not shape:
+        raise ValueError("tensors[0] has no axes; expected (batch, ...)")
+    named = [(f"tensors[{j}]", x) for j, x in enumerate(tensors)] + [("output", output), ("null", null)]
+    for name, t in named:
+        if t is not None and t.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(t.shape)}; expected that of tensors[0], {tuple(shape)}"
+            )
+        if t is not None and not t.is_floating_point():
+            raise ValueError(f"{name} has dtype {t.dtype}; convert it to a floating-point type")
+    if null is not None and output is None:
+        raise ValueError("null is given without output; guidance combines the two")
+    if state is not None and not 0 <= state < len(tensors):
+        raise ValueError(f"state={state} is not the position of one of the {len(tensors)} tensors")
+    if noise is not None and (noise.index.shape != shape[:1] or noise.index.dtype != torch.int64):
+        raise ValueError(
+            f"noise.index has shape {tuple(noise.index.shape)} and dtype {noise.index.dtype}; expected "
+            f"int64 {tuple(shape[:1])}, one number a sample"
+        )
+
+
+def supported(tensors: Sequence[Tensor], *others: Tensor | None) -> str | None:
+    """Why the kernel cannot take these tensors (and plain torch runs instead); None when it can."""
+    if len(tensors) > MAX_TERMS:
+        return f"there are {len(tensors)} tensors, more than {MAX_TERMS}"
+    return runtime.why_not(*tensors, *others)
+
+
+def update(
+    tensors: Sequence[Tensor],
+    coefficients: Sequence[float],
+    *,
+    output: Tensor | None = None,
+    null: Tensor | None = None,
+    guidance: float = 1.0,
+    state: int | None = None,
+    convert: tuple[float, float] = (0.0, 1.0),
+    weight: float = 0.0,
+    noise: Noise | None = None,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """A solver's update in one pass (formulas at the top of the module).
+
+    Sums are float32, or float64 for float64 states. Differentiable with respect to every tensor, in both
+    modes.
+
+    Args:
+        tensors: the x_j, earlier states and predictions, all of one shape (batch, ...).
+        coefficients: the a_j, one for each tensor.
+        output: the network's output, of that shape and any floating-point type.
+        null: the network's unconditional output, for guidance.
+        guidance: w in ``null + w (output - null)``; only read with ``null``.
+        state: position in ``tensors`` of the state x_s that the network was evaluated at, if m reads it; give
+            it the coefficient 0 where only m does.
+        convert: (p, q).
+        weight: b, the coefficient of m in y.
+        noise: the noise term.
+        keep: whether m is wanted; it is not written otherwise.
+
+    Returns:
+        (y, m), both of the type of ``tensors[0]``; m is None without ``output`` or with ``keep=False``. Their
+        memory order is that of the arguments where all share one and there is no noise, else contiguous.
+
+    Raises:
+        ValueError: shapes, types or counts that do not fit; the message says which.
+    """
+    _check(tensors, coefficients, output, null, state, noise)
+    index = None if noise is None else noise.index
+    if supported(tensors, output, null) is not None:
+        return reference(
+            tensors,
+            coefficients,
+            output=output,
+            null=null,
+            guidance=guidance,
+            state=state,
+            convert=convert,
+            weight=weight,
+            noise=noise,
+            keep=keep,
+        )
+    keep = keep and output is not None
+    seed = 0 if noise is None else noise.seed % _SEED
+    numbers = (
+        [float(a) for a in coefficients],
+        float(guidance),
+        -1 if state is None or output is None else state,
+        float(convert[0]),
+        float(convert[1]),
+        float(weight),
+    )
+    # A signed 64-bit integer with the bits of the seed.
+    draw = (
+        (0, 0, 0.0)
+        if noise is None
+        else (seed - _SEED * (seed >> 63), noise.stream, float(noise.coefficient))
+    )
+    padding = [None] * (MAX_TERMS - len(tensors))
+    inputs = [*tensors, *padding, output, null]
+    primals, tangents = runtime.unpack_duals(inputs)
+    y, m = _call_update(*primals, index, *numbers, *draw, keep)
+    if tangents is not None:  # of a linear map: the map itself, without noise
+        known = [
+            torch.zeros_like(x) if t is None and x is not None else t
+            for x, t in zip(primals, tangents, strict=True)
+        ]
+        dy, dm = _call_update(*known, None, *numbers, 0, 0, 0.0, keep)
+        y, m = runtime.make_dual(y, dy), runtime.make_dual(m, dm) if keep else m
+    return y, m if keep else None
+
+
+@runtime.explains("update")
+def _explain(tensors: Sequence[Tensor], coefficients: Sequence[float], **options: Any) -> str:
+    output, null, noise = (options.get(name) for name in ("output", "null", "noise"))
+    _check(tensors, coefficients, output, null, options.get("state"), noise)
+    reason = supported(tensors, output, null)
+    if reason is not None:
+        return f"update: plain torch, because {reason}"
+    given = [t for t in (*tensors, output, null) if t is not None]
+    as_is = (noise is None and _same_memory_order(given)) or all(t.is_contiguous() for t in given)
+    copies = "" if as_is else ", tensors that are not contiguous are copied"
+    return f"update: Triton, one launch, {len(tensors)} tensors, {4 * _BLOCKS} elements a program{copies}"

@@ -34,6 +34,7 @@ def point(solver: str, nfe: int, shift: float, seeds: tuple[int, ...] = (0,), se
     for seed in seeds:
         result = {
             "nfe": nfe,
+            "rmse": shift,
             "seconds_per_sample": seconds * nfe,
             "metrics": {METRIC: {SPLIT: fd(shift, seed).to_dict()}},
         }
@@ -41,9 +42,11 @@ def point(solver: str, nfe: int, shift: float, seeds: tuple[int, ...] = (0,), se
     return Point(solver, None, nfe, tuple(cells))
 
 
-def results(*points: Point) -> Results:
+def results(*points: Point, references: tuple[dict[str, Any], ...] = ()) -> Results:
     manifest: dict[str, Any] = {"metrics": [METRIC], "splits": {SPLIT: {}}, "config": {"baseline": "ddim"}}
-    return Results(manifest, points, (), 0, ())
+    for cell in references:
+        cell.update(solver="exact", steps=100)
+    return Results(manifest, points, references, 0, ())
 
 
 def test_leaders_need_two_standard_errors_of_the_paired_difference() -> None:
@@ -90,6 +93,18 @@ def test_the_headline_admits_that_nothing_matches() -> None:
     assert headline(results(point("x", 20, 0.5)), METRIC, SPLIT)["kind"] == "no baseline"
     itself = headline(results(point("ddim", 50, 0.3), point("ddim", 20, 0.3)), METRIC, SPLIT)
     assert headline_text({"headline": itself, "points": []})[0] == "ddim needs only 20 of its 50 evaluations"
+
+
+def test_the_headline_speaks_of_the_converged_solution() -> None:
+    reference = point("exact", 100, 0.5)
+    points = (point("ddim", 4, 0.9), point("x", 4, 0.6), point("ddim", 50, 0.2), point("x", 50, 0.5))
+    found = headline(results(*points, references=reference.cells), METRIC, SPLIT)
+    assert found["kind"] == "none"  # ddim at 50 is better than the model itself: nothing matches that
+    assert (found["converged"]["match"]["solver"], found["converged"]["match"]["nfe"]) == ("ddim", 50)
+    assert found["closest"] == {"solver": "x", "wins": 1, "of": 2}
+    text = headline_text({"headline": found, "points": []})[1]
+    assert "ddim reaches the distance of the model's own converged solution" in text
+    assert "in 50 evaluations. x stays closest to that solution at 1 of 2 numbers of evaluations." in text
 
 
 def test_numbers() -> None:

@@ -111,6 +111,15 @@ def test_explicit_steps_grids_seeds_and_options(settings: Settings) -> None:
         )
 
 
+def test_no_error_is_given_to_what_ends_at_another_noise_level(settings: Settings) -> None:
+    solvers = ["ddim", {"name": "dpmpp_2m", "end": "sigma_min"}]
+    config = settings(solvers=solvers, nfe=[4])
+    bench(config)
+    found = {label: row["rmse"] for (label, _), row in points(config).items()}
+    assert found["ddim"] > 0
+    assert found["dpmpp_2m(end=sigma_min)"] is None
+
+
 def test_an_npz_of_moments_and_no_metric_at_all(settings: Settings, tmp_path: Path) -> None:
     import numpy as np
 
@@ -199,7 +208,7 @@ def test_damaged_files_are_said_and_redone(settings: Settings, capsys: pytest.Ca
 def test_other_settings_do_not_take_old_cells(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     bench(settings())
     capsys.readouterr()
-    for change in ({"n": 300}, {"images": 3}, {"end": "sigma_min"}, {"labels": None}):
+    for change in ({"n": 300}, {"images": 3}, {"end": None}, {"labels": None}):
         bench(settings(**change))
         assert "0 of 5 cells are finished already" in capsys.readouterr().err
     config = settings(nfe=[4, 8, 12])
@@ -250,6 +259,7 @@ def test_a_network_that_fails_keeps_what_is_finished(
         ({"solvers": ["unipcc"]}, "did you mean 'unipc'"),
         ({"solvers": ["ddim", "ddim"]}, "named twice"),
         ({"solvers": [3]}, "solver=3"),
+        ({"solvers": [{"name": "ddim", "steps": 3}]}, "steps is no option"),
         ({"solvers": [{"name": "ddim", "etta": 1}]}, "no option 'etta'; did you mean 'eta'"),
         ({"grids": ["karas"]}, "did you mean 'karras'"),
         ({"metrics": ["fd-block"]}, "did you mean 'fd-blocks'"),

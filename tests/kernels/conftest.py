@@ -1,9 +1,9 @@
 """Kernel tests run in processes of their own, one a file.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, and torch and torchvision may import Triton at any time, so
-the variable must be right from the start of the process. A file that needs another value than this process has
-becomes one test here that runs the file in a child; with the right value (``TRITON_INTERPRET=1 pytest
-tests/kernels/test_kernels_update.py``) its tests are collected as usual.
+Triton reads TRITON_INTERPRET when a kernel is defined, and torch and torchvision may import Triton at any
+time, so the variable must be right from the start of the process. A file that needs another value than this
+process has becomes one test here that runs the file in a child; with the right value (``TRITON_INTERPRET=1
+pytest tests/kernels/test_kernels_update.py``) its tests are collected as usual.
 """
 
 import os
@@ -29,7 +29,9 @@ class InChild(pytest.Item):
         command += ["-m", options.markexpr] if options.markexpr else []
         environment = {**os.environ, "TRITON_INTERPRET": interpret(self.path)}
         environment.pop("PYTEST_XDIST_WORKER", None)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=self.config.rootpath)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, cwd=self.config.rootpath
+        )
         if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
             pytest.skip("the marker expression selects none of the file's tests")
         if done.returncode:
