@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/fastsample bench
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -53,7 +53,10 @@ def settings() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"{name} Karras", make(multi, solver_order=order, use_karras_sigmas=True)
         yield f"{name} Lu", make(multi, solver_order=order, use_lu_lambdas=True)
         for kind in ("bh1", "bh2"):
-            yield f"UniPC-{order} {kind}", make("UniPCMultistepScheduler", solver_order=order, solver_type=kind)
+            yield (
+                f"UniPC-{order} {kind}",
+                make("UniPCMultistepScheduler", solver_order=order, solver_type=kind),
+            )
 
 
 def run_peer(scheduler: Any, steps: int, net: Callable[..., Tensor], noise: Tensor) -> tuple[Tensor, int]:
@@ -69,7 +72,9 @@ def run_peer(scheduler: Any, steps: int, net: Callable[..., Tensor], noise: Tens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy-digits-mixture.md"))
     arguments = parser.parse_args()

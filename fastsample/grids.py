@@ -214,17 +214,34 @@ def karras(process: Process, steps: int, start: float, end: str, rho: float = 7.
 
 @register("logistic")
 def logistic(
-    process: Process, steps: int, start: float, end: str, power: float = 0.75, center: float = 0.75
+    process: Process,
+    steps: int,
+    start: float,
+    end: str,
+    power: float = 0.7,
+    center: float = 0.7,
+    first_step: float = 1.0,
+    last_step: float = 1.0,
 ) -> Tensor:
     """Uniform in ``r^p / (r^p + c^p)`` with ``r = sigma / alpha``: a logistic function of the log-SNR.
 
-    Densest around the noise level ``center``, where images form; finite at both ends of every process.
+    Densest around the noise level ``center``, where images form; finite at both ends of every process. The
+    first and the last interval are ``first_step`` and ``last_step`` times as long as the others.
     """
-    if not (power > 0 and center > 0):
-        raise ValueError(f"power={power!r}, center={center!r} must be positive")
+    for name, value in (
+        ("power", power),
+        ("center", center),
+        ("first_step", first_step),
+        ("last_step", last_step),
+    ):
+        if not value > 0:
+            raise ValueError(f"{name}={value!r} must be positive")
     ends = torch.tensor([start, process.t_zero if end == "zero" else process.t_end], dtype=torch.float64)
     z = torch.sigmoid(-power * (process.lam(ends) + math.log(center))).tolist()
-    inner = process.t_of_lam(-torch.logit(_line(z[0], z[1], steps + 1)[1:-1]) / power - math.log(center))
+    position = (first_step + torch.arange(steps - 1, dtype=torch.float64)) / (
+        steps - 2 + first_step + last_step
+    )
+    inner = process.t_of_lam(-torch.logit(z[0] + (z[1] - z[0]) * position) / power - math.log(center))
     return torch.cat([ends[:1], inner, ends[1:]])
 
 

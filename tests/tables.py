@@ -23,7 +23,7 @@ def net(x: Tensor, t: Tensor) -> Tensor:
 
 
 def random_plan(seed: int, *, noises: bool = True, sized: bool = False) -> fs.Plan:
-    """A plan that reads at random: old states, old predictions, several noises, copies, repeated evaluations."""
+    """A plan that reads at random: old states and predictions, several noises, copies."""
     rng = np.random.default_rng(seed)
     rows: list[Row] = []
     numbers: list[float] = []
@@ -77,7 +77,7 @@ def interpret(
     seed: int = 0,
     hook: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Tensor]:
-    """All states, the input first, straight from the definition of a plan (v prediction), in ``x``'s precision."""
+    """All states, the input first, straight from the definition of a plan (for v prediction)."""
     states, predictions = [x], {}
     index = torch.arange(x.shape[0])
     for r, (row, v) in enumerate(zip(plan.rows, plan.values, strict=True)):

@@ -34,7 +34,7 @@ def denoiser_of(function: object = net, **settings: object) -> fs.Denoiser:
     return fs.wrap(function, fs.VP.linear(), prediction="v", **settings)  # type: ignore[arg-type]
 
 
-# -- any table -------------------------------------------------------------------------------------------------
+# -- any table ------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=150)
@@ -102,7 +102,7 @@ def test_step_sizes_are_told(seed: int) -> None:
     torch.testing.assert_close(execute_differentiable(plan, x, run), expected, rtol=1e-10, atol=1e-10)
 
 
-# -- awkward networks --------------------------------------------------------------------------------------------
+# -- awkward networks -----------------------------------------------------------------------------------
 
 
 class Static:
@@ -190,7 +190,7 @@ def test_non_contiguous_and_strange_shapes() -> None:
         assert torch.equal(x, before)
 
 
-# -- memory --------------------------------------------------------------------------------------------------------
+# -- memory ---------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=80)
@@ -224,7 +224,7 @@ def test_thousand_steps_need_no_more_than_twelve() -> None:
     assert buffers_needed(long) == buffers_needed(short)
 
 
-# -- gradients -----------------------------------------------------------------------------------------------------
+# -- gradients ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -246,7 +246,11 @@ def test_gradient_with_respect_to_the_numbers(seed: int, hooked: bool) -> None:
 )
 @pytest.mark.parametrize(
     ("solver", "options"),
-    [("ddim", {}), ("exp_adams", {"order": 3, "corrector": True}), ("exp_adams", {"order": 2, "space": "eps"})],
+    [
+        ("ddim", {}),
+        ("exp_adams", {"order": 3, "corrector": True}),
+        ("exp_adams", {"order": 2, "space": "eps"}),
+    ],
 )
 @pytest.mark.parametrize("end", ["zero", "sigma_min"])
 def test_gradient_with_respect_to_the_grid(
@@ -298,7 +302,7 @@ def test_gradients_reach_the_input_and_the_network_also_by_checkpoints() -> None
         assert bool((plain != 0).any())
 
 
-# -- hooks, callbacks ------------------------------------------------------------------------------------------------
+# -- hooks, callbacks -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("execution", [execute, execute_differentiable])
@@ -346,7 +350,7 @@ def test_hooks_run_in_order_and_know_where_they_are() -> None:
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
 def test_hooks_have_nothing_to_change_without_noise(prediction: str) -> None:
-    # inversion from sigma = 0: the output says nothing of x0 there, so a hook must neither act nor divide by zero
+    # inversion from sigma = 0: the output says nothing of x0 there, so a hook can do nothing
     process = fs.Flow()
     plan = fs.solvers.build("ddim", process, grid=[0.0, 0.3, 0.6], prediction=prediction)
     calls: list[float] = []
@@ -376,7 +380,7 @@ def test_a_hook_of_the_wrong_shape_is_named() -> None:
             execution(plan, x, run_of(denoiser_of(), x, hooks=(flat,)))
 
 
-# -- values that are not finite --------------------------------------------------------------------------------------
+# -- values that are not finite -------------------------------------------------------------------------
 
 
 def broken(call: int, samples: list[int]) -> object:

@@ -140,7 +140,7 @@ def test_gradients_pass_through_a_given_grid() -> None:
     assert grids.make(grid, fs.VP.linear(), 2).requires_grad
 
 
-# -- quantized -------------------------------------------------------------------------------------------------
+# -- quantized ------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 60), st.sampled_from(["uniform", "karras", "logsnr", "beta"]), st.integers(2, 40))
@@ -159,12 +159,12 @@ def test_a_snapped_grid_of_one_point_is_refused() -> None:
         grids.make([900.0, 100.0], process, 1)
 
 
-# -- errors ----------------------------------------------------------------------------------------------------
+# -- errors ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, True, "3", None])
 def test_bad_steps(steps: object) -> None:
-    with pytest.raises(ValueError, match="steps=.* must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"steps=.* must be a whole number of at least 1"):
         grids.make("uniform", fs.EDM(), steps)  # type: ignore[arg-type]
 
 

@@ -27,13 +27,15 @@ def small() -> fs.Plan:
     return fs.solvers.build("ddim", fs.VP.linear(), 3, prediction="v")
 
 
-# -- value -----------------------------------------------------------------------------------------------------
+# -- value ----------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=100)
 @given(SEEDS, st.booleans())
 def test_json_round_trip_is_exact(seed: int, sized: bool) -> None:
-    plan = random_plan(seed, sized=sized).replace(notes=("chose é",), options={"order": 3, "a": [1, "b", None]})
+    plan = random_plan(seed, sized=sized).replace(
+        notes=("chose é",), options={"order": 3, "a": [1, "b", None]}
+    )
     again = fs.Plan.from_json(plan.to_json())
     assert again == plan
     assert hash(again) == hash(plan)
@@ -63,14 +65,10 @@ def test_any_finite_number_survives(numbers: list[float]) -> None:
     assert [math.copysign(1, v) for v in again.numbers.tolist()] == [math.copysign(1, v) for v in numbers]
 
 
-def test_every_solver_round_trips() -> None:
-    for name in fs.solvers.names():
-        try:
-            plan = fs.solvers.build(name, fs.VP.linear(), 4)
-        except (TypeError, ValueError) as e:  # solvers with options that have no default
-            assert "missing" in str(e) or "give" in str(e) or "needs" in str(e), name
-            continue
-        assert fs.Plan.from_json(plan.to_json()) == plan
+@pytest.mark.parametrize("name", [n for n in fs.solvers.names() if not n.startswith("analytic")])
+def test_every_solver_round_trips(name: str) -> None:
+    plan = fs.solvers.build(name, fs.VP.linear(), 4)
+    assert fs.Plan.from_json(plan.to_json()) == plan
 
 
 def test_equality_is_by_value() -> None:
@@ -118,7 +116,7 @@ def test_tensors_are_the_values_and_carry_gradients() -> None:
     learned = plan.numbers.requires_grad_(True)
     made = plan.replace(numbers=learned)
     total = sum(v.a[0] for v in made.tensors())
-    assert float(total) == sum(v.a[0] for v in plan.values)
+    assert float(total.detach()) == sum(v.a[0] for v in plan.values)
     (gradient,) = torch.autograd.grad(total, learned)
     assert int(gradient.sum()) == len(plan.rows)
 
@@ -153,7 +151,7 @@ def test_prints_as_a_table() -> None:
     assert "z1" in noisy
 
 
-# -- what is refused -------------------------------------------------------------------------------------------
+# -- what is refused ------------------------------------------------------------------------------------
 
 
 def made(rows: list[Row], numbers: list[float], **changes: Any) -> fs.Plan:
@@ -242,7 +240,7 @@ def test_damaged_json_says_what_is_wrong(text: str, message: str) -> None:
         fs.Plan.from_json(text)
 
 
-# -- files -----------------------------------------------------------------------------------------------------
+# -- files ----------------------------------------------------------------------------------------------
 
 
 def test_save_and_load(tmp_path: Path) -> None:

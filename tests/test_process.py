@@ -28,7 +28,7 @@ def times(process: fs.Process, count: int = 101, inside: bool = False) -> torch.
     return process.t_start + (process.t_zero - process.t_start) * u
 
 
-# -- the functions and their ends ------------------------------------------------------------------------------
+# -- the functions and their ends -----------------------------------------------------------------------
 
 
 def test_noise_decreases_from_start_to_zero(process: fs.Process) -> None:
@@ -36,9 +36,11 @@ def test_noise_decreases_from_start_to_zero(process: fs.Process) -> None:
     alpha, sigma, lam = process.alpha(t), process.sigma(t), process.lam(t)
     assert (torch.diff(sigma / alpha) < 0).all()
     assert (torch.diff(lam) > 0).all()
-    assert sigma[-1] == 0 and alpha[-1] == pytest.approx(1, abs=1e-15)
+    assert sigma[-1] == 0
+    assert alpha[-1] == pytest.approx(1, abs=1e-15)
     assert lam[-1] == math.inf
-    assert process.sigma(process.t_zero) == 0 and process.lam(process.t_zero) == math.inf
+    assert process.sigma(process.t_zero) == 0
+    assert process.lam(process.t_zero) == math.inf
     assert process.sigma(process.t_end) > 0
 
 
@@ -64,19 +66,23 @@ def test_vp_preserves_variance(kind: str) -> None:
 
 def test_flow_and_trigflow_closed_forms() -> None:
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
-    assert torch.equal(fs.Flow().alpha(t), 1 - t) and torch.equal(fs.Flow().sigma(t), t)
+    assert torch.equal(fs.Flow().alpha(t), 1 - t)
+    assert torch.equal(fs.Flow().sigma(t), t)
     angle = t * math.pi / 2
     torch.testing.assert_close(fs.TrigFlow().alpha(angle), angle.cos(), rtol=0, atol=2e-16)
     torch.testing.assert_close(fs.TrigFlow().sigma(angle), angle.sin(), rtol=0, atol=0)
-    assert fs.EDM().sigma(80.0) == 80.0 and fs.EDM().alpha(80.0) == 1.0
+    assert fs.EDM().sigma(80.0) == 80.0
+    assert fs.EDM().alpha(80.0) == 1.0
 
 
 @pytest.mark.parametrize("kind", ["zero_snr", "flow", "trigflow"])
 def test_zero_terminal_snr_is_exact(kind: str) -> None:
     process = PROCESSES[kind]()
     t = process.t_start
-    assert process.alpha(t) == 0 and process.sigma(t) == 1
-    assert process.lam(t) == -math.inf and process.rho(t) == math.inf
+    assert process.alpha(t) == 0
+    assert process.sigma(t) == 1
+    assert process.lam(t) == -math.inf
+    assert process.rho(t) == math.inf
     assert process.phi(t) == math.pi / 2
     assert process.t_of_lam(-math.inf) == t
 
@@ -112,7 +118,8 @@ def test_alphas_are_those_of_diffusers(process: fs.Process, schedule: dict[str, 
     theirs = DDPMScheduler(num_train_timesteps=1000, **schedule).alphas_cumprod.double()
     ours = process.alpha(torch.arange(1000)) ** 2
     torch.testing.assert_close(ours, theirs, rtol=5e-5, atol=0)  # theirs are products in float32
-    assert process.t_start == 999 and process.num_train_steps == 1000
+    assert process.t_start == 999
+    assert process.num_train_steps == 1000
 
 
 def test_from_betas_and_from_alphas_cumprod_are_one_process() -> None:
@@ -129,7 +136,7 @@ def test_log_alpha_is_linear_between_indices() -> None:
         torch.testing.assert_close(process.alpha(t).log(), low + (t - math.floor(t)) * (high - low))
 
 
-# -- inverses --------------------------------------------------------------------------------------------------
+# -- inverses -------------------------------------------------------------------------------------------
 
 
 @given(KINDS, UNIT)
@@ -164,7 +171,7 @@ def test_shift_moves_towards_the_noise() -> None:
     assert float(shifted.rho(shifted.t_of_uniform(0.4))) == pytest.approx(3 * float(plain.rho(0.4)))
 
 
-# -- gradients -------------------------------------------------------------------------------------------------
+# -- gradients ------------------------------------------------------------------------------------------
 
 
 def test_functions_are_differentiable(process: fs.Process) -> None:
@@ -193,16 +200,18 @@ def test_flow_gradients_at_the_ends_are_the_true_ones() -> None:
         assert torch.autograd.grad(fs.Flow().sigma(x), x)[0] == 1
 
 
-# -- networks with a table of times ------------------------------------------------------------------------------
+# -- networks with a table of times ---------------------------------------------------------------------
 
 
 def test_snap_moves_to_the_nearest_level() -> None:
     process = fs.VP.linear().quantized([999, 0, 10, 500])
-    assert process.levels is not None and process.levels.tolist() == [0, 10, 500, 999]
+    assert process.levels is not None
+    assert process.levels.tolist() == [0, 10, 500, 999]
     given_t = torch.tensor([-1.0, -0.4, 4.9, 5.1, 300.0, 2000.0 - 1001.0], dtype=torch.float64)
     assert process.snap(given_t).tolist() == [-1, 0, 0, 10, 500, 999]
     assert process.network_time(-1.0) == 0  # never told to the network
-    assert fs.VP.linear().network_time(-1.0) == 0 and fs.VP.linear().network_time(3.7) == 3.7
+    assert fs.VP.linear().network_time(-1.0) == 0
+    assert fs.VP.linear().network_time(3.7) == 3.7
 
 
 @given(st.lists(st.integers(0, 999), min_size=1, max_size=30, unique=True), st.floats(-1.0, 999.0))
@@ -233,11 +242,12 @@ def test_stage_is_snapped() -> None:
     assert float(fs.VP.linear().stage(lam)) == pytest.approx(500.3)
 
 
-# -- identity and errors -----------------------------------------------------------------------------------------
+# -- identity and errors --------------------------------------------------------------------------------
 
 
 def test_equality_and_hash() -> None:
-    assert fs.VP.linear() == fs.VP.linear() and hash(fs.VP.linear()) == hash(fs.VP.linear())
+    assert fs.VP.linear() == fs.VP.linear()
+    assert hash(fs.VP.linear()) == hash(fs.VP.linear())
     assert fs.Flow() != fs.Flow(shift=2.0)
     assert fs.EDM() != fs.VE(0.002, 80.0)
     assert fs.VP.linear() != fs.VP.linear().quantized([1, 2])
@@ -248,7 +258,8 @@ def test_equality_and_hash() -> None:
 def test_copies_are_equal(process: fs.Process) -> None:
     process.lam(process.t_end)
     for other in (copy.deepcopy(process), pickle.loads(pickle.dumps(process))):
-        assert other == process and other.fingerprint == process.fingerprint
+        assert other == process
+        assert other.fingerprint == process.fingerprint
 
 
 def test_repr_says_what_it_is() -> None:

@@ -169,7 +169,8 @@ def _converged(head: dict[str, Any]) -> str:
     converged, closest = head["converged"], head["closest"]
     if converged is None:
         return ""
-    goal = f"the distance of the model's own converged solution ({with_error(converged['distance'], converged['se'])})"
+    distance = with_error(converged["distance"], converged["se"])
+    goal = f"the distance of the model's own converged solution ({distance})"
     match = converged["match"]
     text = (
         f"Nothing here reaches {goal}."

@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -469,16 +470,22 @@ def _samplers(
         return [
             make_sampler(denoiser, solver, steps, grid, config.end) for steps in sorted(set(config.steps))
         ]
-    found: dict[int, Sampler] = {}
+    made: dict[int, Sampler] = {}
+
+    def nfe(steps: int) -> int:
+        if steps not in made:
+            made[steps] = make_sampler(denoiser, solver, steps, grid, config.end)
+        return made[steps].plan.nfe
+
+    chosen: set[int] = set()
     for budget in sorted(set(config.nfe)):
-        for steps in range(budget, 0, -1):
-            sampler = make_sampler(denoiser, solver, steps, grid, config.end)
-            if sampler.plan.nfe <= budget:
-                found.setdefault(steps, sampler)
-                break
+        # most solvers take one evaluation a step; the number never falls with more steps
+        steps = budget if nfe(budget) <= budget else bisect_right(range(1, budget), budget, key=nfe)
+        if steps:
+            chosen.add(steps)
         else:
             notes.append(f"{solver_label(solver)} has no plan with {budget} or fewer evaluations")
-    return list(found.values())
+    return [made[steps] for steps in sorted(chosen)]
 
 
 def _final_sigma(sampler: Sampler) -> float:

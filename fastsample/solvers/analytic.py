@@ -25,7 +25,7 @@ from ..prediction import coefficients
 from ..process import Process, TimeLike, as_time
 from .first_order import posterior_std
 from .registry import Claim, register
-from .sde import check_noise, move
+from .sde import ancestral_keep, check_noise, move
 
 FORMAT = "fastsample.analytic"
 SCHEMA = 1
@@ -228,7 +228,7 @@ def analytic(
             x = b.state(move(b, x, s, t, -h, m), t)
             continue
         fixed = eta * posterior_std(b, s, t)
-        kept = torch.sqrt((b.sigma(t) ** 2 - fixed**2).clamp(min=0)) / b.sigma(s)
+        kept = b.sigma(t) / b.sigma(s) * ancestral_keep(h, eta).exp()
         of_x0 = b.alpha(t) - kept * b.alpha(s)
         # no data in [low, high] vary more
         spread = min(known.variance(b.process, s), ((high - low) / 2) ** 2)

@@ -54,6 +54,7 @@ def multistep(
     corrector: Corrector | None = None,
     *,
     lower_order_final: bool = False,
+    final_order: int = 1,
     skip_start: bool = False,
     sigma_data: float = 1.0,
 ) -> None:
@@ -68,7 +69,7 @@ def multistep(
         space: the space of the predictions.
         predictor: what a step adds.
         corrector: what it adds when it is taken again with the prediction at its end; None does without.
-        lower_order_final: let the order fall to 1 towards the last step.
+        lower_order_final: let the order fall towards the last step, to ``final_order`` there.
         skip_start: do not evaluate at the first time: the first step takes the prediction there as zero, and
             the corrector mends it with the first evaluation, at its end.
         sigma_data: the space is that of the data divided by this scale.
@@ -98,7 +99,7 @@ def multistep(
             start, predicted, used = previous
             # both share the factor of the base state, so the correction is in the predictions alone
             base = x + (corrector(start, s, history, used) - predicted)
-        keep = min(order, n - i) if lower_order_final else order
+        keep = min(order, n - i + final_order - 1) if lower_order_final else order
         nodes = history[-keep:]
         added = predictor(s, t, nodes)
         x = b.state(scale(process, space, s, t) * base + added, t)
@@ -115,6 +116,7 @@ def exp_adams(
     variable: str = "lam",
     corrector: bool = False,
     lower_order_final: bool = False,
+    final_order: int = 1,
     skip_start: bool = False,
     sigma_data: float = 1.0,
 ) -> None:
@@ -127,7 +129,7 @@ def exp_adams(
         variable: the variable of the polynomial: "lam", "logsat" (lam saturated at both ends), "rho", "phi",
             "tau" or "t".
         corrector: correct each state with the prediction at its end before stepping on.
-        lower_order_final: let the order fall to 1 towards the last step.
+        lower_order_final: let the order fall towards the last step, to ``final_order`` there.
         skip_start: save the evaluation at the first time, where all is noise and the best prediction of the
             normalised data is its mean, zero ("v" space only); steps - 1 evaluations.
         sigma_data: the data's standard deviation, for "v" and "flow" space: EDM's F (Karras et al. 2022, eq. 8)
@@ -154,6 +156,7 @@ def exp_adams(
         predict,
         correct if corrector else None,
         lower_order_final=lower_order_final,
+        final_order=final_order,
         skip_start=skip_start,
         sigma_data=sigma_data,
     )

@@ -40,15 +40,15 @@ VARIABLES: dict[str, Variable] = {
     "logsat": lambda process, lam: _logsat(lam),
 }
 
-# "logsat" is the half log-SNR between noise levels of about 1/20 and 20 (for unit-variance data) and saturates
-# beyond them: networks there are nearly constant (noise) or nearly the identity (data), not functions of lam.
-_SATURATION = 0.05
+# "logsat" is the half log-SNR between noise levels of about 1/10 and 20 (for unit-variance data) and saturates
+# beyond them: predictions there are nearly constant (noise) or nearly the state (data), not functions of lam.
+_NOISE, _DATA = 0.05, 0.1
 
 
 def _logsat(lam: Tensor) -> Tensor:
-    # log((alpha + c sigma) / (sigma + c alpha)), written with the smaller of alpha and sigma over the larger
-    small = torch.exp(-lam.abs())
-    return torch.sign(lam) * torch.log((1 + _SATURATION * small) / (small + _SATURATION))
+    # log((alpha + a sigma) / (sigma + d alpha)), divided through by the larger of alpha and sigma
+    alpha, sigma = torch.exp(lam.clamp(max=0)), torch.exp(-lam.clamp(min=0))
+    return torch.log((alpha + _NOISE * sigma) / (sigma + _DATA * alpha))
 
 
 _NODES = 24

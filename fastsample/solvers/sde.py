@@ -89,7 +89,9 @@ def ancestral_keep(h: Tensor, eta: float) -> Tensor:
 
     ``eta=1`` draws the posterior's variance, as DDPM does; larger ones at most all the noise (k-diffusion).
     """
-    return 0.5 * torch.log1p((eta**2 * torch.expm1(-2 * h)).clamp(min=-1))
+    drawn = eta**2 * torch.expm1(-2 * h)
+    # all of it: a constant, since the logarithm's derivative is infinite there
+    return 0.5 * torch.log1p(drawn) if bool(drawn > -1) else torch.full_like(drawn, -math.inf)
 
 
 def flow_keep(b: Builder, s: Tensor, t: Tensor, eta: float) -> Tensor:
@@ -99,7 +101,9 @@ def flow_keep(b: Builder, s: Tensor, t: Tensor, eta: float) -> Tensor:
     again.
     """
     tau_s, tau_t = (b.sigma(u) / (b.alpha(u) + b.sigma(u)) for u in (s, t))
-    ratio = (1 + eta * (tau_t / tau_s - 1)).clamp(min=0)
+    ratio = 1 + eta * (tau_t / tau_s - 1)
+    if not bool(ratio > 0):
+        return torch.full_like(ratio, -math.inf)
     return torch.log(ratio * (1 - tau_t) / (1 - ratio * tau_t))
 
 
@@ -299,7 +303,7 @@ def dpmpp_multistep_sde(
     eta: float = 1.0,
     s_noise: float = 1.0,
     solver_type: str = "midpoint",
-    lower_order_final: bool = False,
+    lower_order_final: bool = True,
     order: int = 2,
     exact: bool = True,
 ) -> None:
@@ -316,7 +320,7 @@ def dpmpp_multistep_sde(
         s_noise: factor of the noise drawn.
         solver_type: of order 2, "midpoint" (fixed weight) or "heun" (the exact integral).
         lower_order_final: take the last step with order 1 and the one before with at most 2 (diffusers does
-            below 15 steps).
+            below 15 steps; k-diffusion only the last one, to zero noise).
         order, exact: fixed by the name.
     """
     check_noise(b, grid, eta > 0, eta=eta, s_noise=s_noise)
@@ -438,7 +442,7 @@ def _tau_weights(b: Builder, nodes: History, s: Tensor, t: Tensor, tau: float, r
     total = _total(b, s, t, -(tau**2) * h)
     if not finite or len(usable) <= 1:
         # nothing of x_s is left, or nothing to interpolate: hold the prediction at s
-        held = min(range(len(times)), key=lambda j: abs(float(times[j] - s)))
+        held = min(range(len(times)), key=lambda j: abs(float((times[j] - s).detach())))
         return [total if j == held else torch.zeros_like(total) for j in range(len(times))]
     if rescale and len(usable) == 2 == len(nodes):
         # int (lam - lam_s) dK replaced by its leading term

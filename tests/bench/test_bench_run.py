@@ -86,10 +86,22 @@ def test_results_do_not_depend_on_the_batch_size(settings: Settings, tmp_path: P
 
 
 def test_budgets_take_the_most_steps_within_and_counts_are_counted(settings: Settings) -> None:
-    config = settings(solvers=["ddim", "heun"], nfe=[4, 7])
+    config = settings(solvers=["ddim", "heun", "pndm"], nfe=[4, 7])
     bench(config)
     counts = {key: row["nfe"] for key, row in points(config).items()}
-    assert counts == {("ddim", 4): 4, ("ddim", 7): 7, ("heun", 2): 3, ("heun", 4): 7}
+    expected = {("ddim", 4): 4, ("ddim", 7): 7, ("heun", 2): 3, ("heun", 4): 7}
+    assert counts == {**expected, ("pndm", 1): 1, ("pndm", 2): 5}
+    assert load(config)["run"]["notes"] == []
+
+
+def test_a_budget_that_no_plan_keeps_is_said(settings: Settings) -> None:
+    heun = {"name": "heun", "end": "sigma_min"}
+    config = settings(solvers=["ddim", heun], nfe=[1])
+    report = bench(config).read_text()
+    assert load(config)["run"]["notes"] == ["heun(end=sigma_min) has no plan with 1 or fewer evaluations"]
+    assert "has no plan with 1 or fewer evaluations" in report
+    with pytest.raises(UserError, match="no solver has a plan within these budgets"):
+        bench(settings(solvers=[heun], nfe=[1]))
 
 
 def test_explicit_steps_grids_seeds_and_options(settings: Settings) -> None:

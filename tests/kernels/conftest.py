@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 # Files about compiled kernels or about plain torch; every other file is about interpreted kernels.
 NOT_INTERPRETED = ("test_kernels_aot", "test_kernels_plumbing", "test_kernels_patch")
@@ -53,3 +54,25 @@ def pytest_pycollect_makemodule(module_path, parent):
     if os.environ.get("TRITON_INTERPRET", "0") != interpret(module_path):
         return ChildFile.from_parent(parent, path=module_path)
     return None
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_rounds_to_nearest():
+    """Triton's interpreter truncates float32 to bfloat16 where GPUs round to nearest: make it round."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(data, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        rounded = torch.from_numpy(data.copy()).to(torch.bfloat16)
+        return rounded.view(torch.int16).numpy().view("uint16")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", rounding)
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -44,7 +45,7 @@ SAME = [
             ("deis_logrho", {"order": 1}),
             ("ipndm", {"order": 1}),
             ("exp_adams", {"order": 1}),
-            ("exp_adams", {"order": 1, "space": "v", "variable": "phi"}),
+            ("exp_adams", {"order": 1, "space": "flow", "variable": "tau"}),
             ("unipc", {"order": 1, "corrector": False}),
         )
     ],
@@ -218,6 +219,15 @@ def test_a_thousand_steps(name: str, end: str) -> None:
     assert bool(torch.isfinite(result).all())
 
 
+@functools.cache
+def clean(key: str) -> Tensor:
+    """The exact solution at zero noise: the denoised state at a signal-to-noise ratio where that is all the same."""
+    process = PROCESSES[key][0]()
+    t = float(process.t_of_lam(9.0))
+    state = PROBLEM.solve(process, STATE, [process.t_start, t])[-1]
+    return PROBLEM.x0(state, float(process.alpha(t)), float(process.sigma(t)))
+
+
 @pytest.mark.parametrize("name", deterministic())
 @pytest.mark.parametrize("key", ["vp", "flow"])
 def test_samples_are_near_the_exact_solution(name: str, key: str) -> None:
@@ -226,9 +236,9 @@ def test_samples_are_near_the_exact_solution(name: str, key: str) -> None:
     process = make()
     denoiser = fs.wrap(PROBLEM.network(process, prediction), process, prediction)
     sampler = fs.Sampler(denoiser, name, 40, grid="logsnr")
-    truth = PROBLEM.solve(process, STATE, [process.t_start, process.t_zero])[-1]
     found = sampler(x=STATE)
-    assert float((found - truth).square().mean().sqrt()) < 0.12
+    print(float((found - clean(key)).square().mean().sqrt()))
+    assert float((found - clean(key)).square().mean().sqrt()) < 0.12
     single = sampler(x=STATE.float())
     assert single.dtype == torch.float32
     assert float((single - found).abs().max()) < 1e-4

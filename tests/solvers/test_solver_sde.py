@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +22,7 @@ from fastsample import solvers
 from fastsample.executor import Run, execute
 from fastsample.plan import Plan
 from fastsample.process import Process
-from fastsample.solvers.sde import NOISE_SCALES, dpmpp_multistep_sde
+from fastsample.solvers import sde
 
 NAMES = (
     "ddpm",
@@ -58,7 +60,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("dpmpp_2m_sde", {"solver_type": "heun", "eta": 0.4}),
     ("sa_solver", {"tau": 0.4, "predictor_order": 2, "corrector_order": 2, "rescale": True}),
     ("sa_solver", {"s_tmin": 0.1, "s_tmax": 5.0}),
-    *(("er_sde", {"noise_scale": scale}) for scale in NOISE_SCALES),
+    *(("er_sde", {"noise_scale": scale}) for scale in sde.NOISE_SCALES),
 ]
 
 
@@ -116,7 +118,7 @@ RATES: list[tuple[str, dict[str, Any], float]] = [
     ("dpmpp_1_sde", {}, 1),
     ("dpmpp_2m_sde", {}, 2),
     ("dpmpp_2m_sde", {"solver_type": "heun"}, 2),
-    ("dpmpp_2m_sde", {"eta": 0.25}, 2),
+    ("dpmpp_2m_sde", {"eta": 0.25, "lower_order_final": False}, 2),
     ("dpmpp_3m_sde", {}, 2),
     ("dpmpp_3m_sde_exact", {}, 2),
     ("sa_solver", {"lower_order_final": False}, 2),
@@ -177,7 +179,7 @@ def test_stage_and_step_share_the_brownian_path(eta: float, r: float) -> None:
 
 
 def field(x: Tensor, t: Tensor) -> Tensor:
-    """A smooth network that is far from linear and depends on every element and on time."""
+    """A smooth v-network, far from linear, that depends on every element and on time; x0 stays bounded by it."""
     time = (t.to(x) / 1000).reshape(-1, *[1] * (x.ndim - 1))
     return torch.tanh(1.3 * x + 0.4 * x.roll(1, -1) - time) + 0.3 * torch.sin(2 * x + time)
 
@@ -203,10 +205,12 @@ TWINS: list[tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] = [
     (("euler_ancestral", {"eta": 0.0}), ("euler", {})),
     (("dpmpp_1_sde", {"eta": 0.0}), ("ddim", {})),
     (("dpmpp_2s_ancestral", {"eta": 0.0}), ("dpmpp_sde", {"eta": 0.0})),
-    (("dpmpp_2m_sde", {"eta": 0.0}), ("dpmpp_2m", {"lower_order_final": False})),
-    (("dpmpp_2m_sde", {"eta": 0.0, "solver_type": "heun"}), ("exp_adams", {"order": 2})),
-    (("dpmpp_3m_sde", {"eta": 0.0}), ("dpmpp_3m", {"lower_order_final": False})),
-    (("dpmpp_3m_sde_exact", {"eta": 0.0}), ("exp_adams", {"order": 3})),
+    (("dpmpp_2m_sde", {"eta": 0.0, "lower_order_final": False}), ("dpmpp_2m", {"lower_order_final": False})),
+    (
+        ("dpmpp_2m_sde", {"eta": 0.0, "solver_type": "heun", "lower_order_final": False}),
+        ("exp_adams", {"order": 2}),
+    ),
+    (("dpmpp_3m_sde_exact", {"eta": 0.0}), ("exp_adams", {"order": 3, "lower_order_final": True})),
     (
         ("sa_solver", {"tau": 0.0, "lower_order_final": False}),
         ("exp_adams", {"order": 3, "corrector": True}),
@@ -223,7 +227,7 @@ TWINS: list[tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] = [
     (("ddpm", {}), ("er_sde", {"noise_scale": "sde", "order": 1})),
     (("euler_ancestral", {"eta": 0.6}), ("ddim", {"eta": 0.6})),
     (
-        ("sa_solver", {"tau": 1.2, "corrector_order": 0, "lower_order_final": False}),
+        ("sa_solver", {"tau": 1.2, "corrector_order": 0}),
         ("dpmpp_3m_sde_exact", {"eta": 1.44}),
     ),
     (("sa_solver", {"tau": 0.7, "s_tmin": 1e9}), ("sa_solver", {"tau": 0.0})),
@@ -234,8 +238,16 @@ TWINS: list[tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] = [
 def test_twins(one: tuple[str, dict[str, Any]], other: tuple[str, dict[str, Any]]) -> None:
     """Without noise each solver is its deterministic twin; methods that are one method agree."""
     drawn = noises(20)
-    a, b = (run(solvers.build(name, VP, grid=GRID, **kw), drawn[-1], drawn) for name, kw in (one, other))
+    a, b = (run(solvers.build(name, VP, grid=GRID, prediction="v", **kw), drawn[-1], drawn) for name, kw in (one, other))
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_published_third_order_without_noise_is_dpmpp_3m() -> None:
+    """Once there are three predictions: the peers' starts differ, k-diffusion's 2 being exact and DPM-Solver's not."""
+    one = solvers.build("dpmpp_3m_sde", VP, grid=GRID, eta=0.0, lower_order_final=False).values
+    other = solvers.build("dpmpp_3m", VP, grid=GRID, lower_order_final=False).values
+    for a, b in list(zip(one, other, strict=True))[3:]:
+        assert (*a.a, *a.b) == pytest.approx((*b.a, *b.b), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if {"eta", "tau"} & set(solvers.options(n))])
@@ -243,8 +255,8 @@ def test_without_noise_the_reversed_grid_inverts(name: str) -> None:
     option = "eta" if "eta" in solvers.options(name) else "tau"
     grid = VP.t_of_lam(torch.linspace(-2.0, 2.0, 161, dtype=torch.float64))
     x = noises(1)[0]
-    there = run(solvers.build(name, VP, grid=grid, **{option: 0.0}), x, [])
-    back = run(solvers.build(name, VP, grid=grid.flip(0), **{option: 0.0}), there, [])
+    there = run(solvers.build(name, VP, grid=grid, prediction="v", **{option: 0.0}), x, [])
+    back = run(solvers.build(name, VP, grid=grid.flip(0), prediction="v", **{option: 0.0}), there, [])
     assert float((back - x).abs().max()) < (0.1 if name in ("euler_ancestral", "dpmpp_1_sde") else 2e-3)
 
 
@@ -279,19 +291,29 @@ def test_samples_are_finite(name: str) -> None:
 def test_differentiable_in_the_grid(name: str, options: dict[str, Any]) -> None:
     """The gradient with respect to each time is the table's finite difference."""
 
-    def numbers(times: Tensor) -> Tensor:
-        return solvers.build(name, VP, grid=times, **options).numbers
-
     times = random_grid(VP, 5, 3, -2.0, 2.0)
-    weight = torch.cos(torch.arange(numbers(times).numel(), dtype=torch.float64))
     leaf = times.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad((weight * numbers(leaf)).sum(), leaf)
+    (gradient,) = torch.autograd.grad(digest(solvers.build(name, VP, grid=leaf, **options)), leaf)
     for i in range(len(times)):
         moved = [times.clone(), times.clone()]
         moved[0][i] -= 1e-4
         moved[1][i] += 1e-4
-        low, high = ((weight * numbers(m)).sum() for m in moved)
+        low, high = (digest(solvers.build(name, VP, grid=m, **options)) for m in moved)
         assert float(gradient[i]) == pytest.approx(float(high - low) / 2e-4, rel=1e-4, abs=1e-6)
+    for process, ends in ((VP, (999.0, -1.0)), (fs.Flow(), (1.0, 0.0))):
+        inner = torch.linspace(ends[0], ends[1], 6, dtype=torch.float64)[1:-1].requires_grad_()
+        first, last = (torch.tensor([t], dtype=torch.float64) for t in ends)
+        plan = solvers.build(name, process, grid=torch.cat([first, inner, last]), prediction="v", **options)
+        assert torch.isfinite(torch.autograd.grad(digest(plan), inner)[0]).all()
+
+
+def digest(plan: Plan) -> Tensor:
+    """A number that depends on every entry of a table (zero coefficients count as absent ones)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for r, row in enumerate(plan.rows):
+        for column, value in zip(row.columns, plan.numbers[row.offset :], strict=False):
+            total = total + math.cos(r + sum(map(ord, column))) * value
+    return total
 
 
 @pytest.mark.parametrize(
@@ -340,13 +362,13 @@ def test_er_sde_is_the_published_algorithm(scale: str) -> None:
     phi = PHI[scale]
     drawn = noises(8)
     x = drawn[-1]
-    ours = run(solvers.build("er_sde", VP, grid=GRID, noise_scale=scale, s_noise=0.9), x, drawn)
+    ours = run(solvers.build("er_sde", VP, grid=GRID, prediction="v", noise_scale=scale, s_noise=0.9), x, drawn)
     alpha, rho = VP.alpha(GRID).tolist(), VP.rho(GRID).tolist()
     clean: list[Tensor] = []
     slopes: list[Tensor] = []
     for i in range(len(GRID) - 1):
         a, b, s, t = alpha[i], alpha[i + 1], rho[i], rho[i + 1]
-        clean.append((x - a * s * field(x, GRID[i].expand(len(x)))) / a)
+        clean.append(a * x - a * s * field(x, GRID[i].expand(len(x))))
         r = phi(t) / phi(s)
         x_next = b / a * r * x + b * (1 - r) * clean[-1]
         if i >= 1:
@@ -396,18 +418,20 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_parity_ddpm(monkeypatch: pytest.MonkeyPatch, variance: str) -> None:
-    scheduler = schedulers.DDPMScheduler(clip_sample=False, variance_type=variance)
+    scheduler = schedulers.DDPMScheduler(clip_sample=False, prediction_type="v_prediction", variance_type=variance)
     scheduler.set_timesteps(timesteps=list(range(999, -1, -111)))
-    plan = solvers.build("ddpm", VP, grid=[*range(999, -1, -111), -1], variance=variance)
+    plan = solvers.build("ddpm", VP, grid=[*range(999, -1, -111), -1], prediction="v", variance=variance)
     close(*both(monkeypatch, scheduler, "scheduling_ddpm", plan))
 
 
 def test_parity_euler_ancestral(monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler = schedulers.EulerAncestralDiscreteScheduler(timestep_spacing="linspace")
+    scheduler = schedulers.EulerAncestralDiscreteScheduler(
+        timestep_spacing="linspace", prediction_type="v_prediction"
+    )
     scheduler.set_timesteps(STEPS + 1)
     drawn = noises(STEPS + 3, torch.float32)
     feed(monkeypatch, "scheduling_euler_ancestral_discrete", drawn)
-    plan = solvers.build("euler_ancestral", VP, grid=[*range(999, -1, -111), -1])
+    plan = solvers.build("euler_ancestral", VP, grid=[*range(999, -1, -111), -1], prediction="v")
     ours = run(plan, drawn[-1], drawn)
     # theirs lives in x / alpha
     close(ours, loop(scheduler, drawn[-1] / VP.alpha(999.0).float()))
@@ -420,13 +444,16 @@ def test_parity_dpmpp_sde_multistep(monkeypatch: pytest.MonkeyPatch, order: int,
     scheduler = multistep_scheduler(order, solver_type)
     name = {1: "dpmpp_1_sde", 2: "dpmpp_2m_sde"}[order]
     kind = {"solver_type": solver_type} if order == 2 else {}
-    plan = solvers.build(name, VP, STEPS, end="sigma_min", lower_order_final=True, **kind)
+    plan = solvers.build(
+        name, VP, STEPS, prediction="v", end="sigma_min", lower_order_final=True, **kind
+    )
     close(*both(monkeypatch, scheduler, "scheduling_dpmsolver_multistep", plan))
 
 
 def multistep_scheduler(order: int, solver_type: str = "midpoint") -> Any:
     scheduler = schedulers.DPMSolverMultistepScheduler(
         algorithm_type="sde-dpmsolver++",
+        prediction_type="v_prediction",
         solver_order=order,
         solver_type=solver_type,
         final_sigmas_type="sigma_min",
@@ -436,28 +463,33 @@ def multistep_scheduler(order: int, solver_type: str = "midpoint") -> Any:
     return scheduler
 
 
-def test_order_3_of_diffusers_has_the_sign_of_its_last_term_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their second-difference term is minus the published one; with the sign turned, the results are equal.
+def wrong_third_order(monkeypatch: pytest.MonkeyPatch, steps: int, prediction: str) -> Plan:
+    """``dpmpp_3m_sde`` with diffusers' error: ``- 0.5`` in the second-difference term where ``+ 0.5`` is right.
 
-    The published term is half the exact one, so the wrong one is published - 2 published = 3 published - 2 exact.
+    The weight of that term becomes ``int v^2 dK / 2 - 1``, never small.
     """
-    options = {"end": "sigma_min", "lower_order_final": True}
-    published = solvers.build("dpmpp_3m_sde", VP, STEPS, **options)
-    exact = solvers.build("dpmpp_3m_sde_exact", VP, STEPS, **options)
-    wrong = published.replace(numbers=3 * published.numbers - 2 * exact.numbers)
-    module = "scheduling_dpmsolver_multistep"
-    ours, theirs = both(monkeypatch, multistep_scheduler(3), module, wrong)
+    right = sde._moments
+    with monkeypatch.context() as patch:
+        patch.setattr(sde, "_moments", lambda ch, n: [*right(ch, n)[:2], *(m - 2 for m in right(ch, n)[2:])])
+        return solvers.build("dpmpp_3m_sde", VP, steps, prediction=prediction, end="sigma_min")
+
+
+def test_order_3_of_diffusers_has_a_sign_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With that one sign turned in ours, the two are equal; as they are, they are far apart."""
+    scheduler, module = multistep_scheduler(3, "heun"), "scheduling_dpmsolver_multistep"
+    ours, theirs = both(monkeypatch, scheduler, module, wrong_third_order(monkeypatch, STEPS, "v"))
     close(ours, theirs)
-    right = run(published, noises(2 * STEPS + 4, torch.float32)[-1], noises(2 * STEPS + 4, torch.float32))
-    assert float((right - theirs).abs().max()) > 1e-2
-    # what it costs: deviation on Gaussian data
-    true = Gaussian().marginal(*ends_of(published)[1])[1]
-    errors = [abs(moments(states(p, Gaussian()))[-1][1] - true) if False else deviation_error(p) for p in (wrong, published, exact)]
-    assert errors[0] > 2 * max(errors[1:]) and true > 0
+    drawn = noises(2 * STEPS + 4, torch.float32)
+    published = solvers.build("dpmpp_3m_sde", VP, STEPS, prediction="v", end="sigma_min")
+    assert float((run(published, drawn[-1], drawn) - theirs).abs().max()) > 0.1
 
 
-def deviation_error(plan: Plan) -> float:
-    return weak_error(plan, Gaussian())[1]
+def test_what_that_sign_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 50 steps on Gaussian data the error of the deviation is several times that of the right forms."""
+    data = Gaussian(variance=0.6)
+    names = ("dpmpp_3m_sde", "dpmpp_3m_sde_exact", "dpmpp_2m_sde")
+    right = [weak_error(solvers.build(n, VP, 50, end="sigma_min"), data)[1] for n in names]
+    assert weak_error(wrong_third_order(monkeypatch, 50, "eps"), data)[1] > 3 * max(right)
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.6, 1.0])
@@ -465,13 +497,20 @@ def deviation_error(plan: Plan) -> float:
 def test_parity_sa_solver(monkeypatch: pytest.MonkeyPatch, tau: float, orders: tuple[int, int]) -> None:
     predictor, corrector = orders
     scheduler = schedulers.SASolverScheduler(
-        predictor_order=predictor, corrector_order=corrector, tau_func=lambda t: torch.tensor(tau)
+        predictor_order=predictor,
+        corrector_order=corrector,
+        prediction_type="v_prediction",
+        tau_func=lambda t: torch.tensor(tau),
     )
     scheduler.set_timesteps(STEPS)
+    # their coefficients cancel in float32; from sigmas in float64 they have the digits
+    grid = torch.linspace(999.0, 0.0, STEPS + 1, dtype=torch.float64)
+    scheduler.sigmas = VP.rho(grid)
     plan = solvers.build(
         "sa_solver",
         VP,
         STEPS,
+        prediction="v",
         end="sigma_min",
         tau=tau,
         predictor_order=predictor,
@@ -481,11 +520,15 @@ def test_parity_sa_solver(monkeypatch: pytest.MonkeyPatch, tau: float, orders: t
     close(*both(monkeypatch, scheduler, "scheduling_sasolver", plan))
 
 
-def test_parity_dpmpp_sde() -> None:
+def test_parity_dpmpp_sde(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stages a step. Their time between integers is another, hence a network without time."""
-    scheduler = schedulers.DPMSolverSDEScheduler(timestep_spacing="linspace")
+    monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))  # for its Brownian tree only
+    module = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
+    scheduler = module.DPMSolverSDEScheduler(
+        beta_start=1e-4, beta_end=0.02, timestep_spacing="linspace", prediction_type="v_prediction"
+    )
     scheduler.set_timesteps(STEPS + 1)
-    plan = solvers.build("dpmpp_sde", VP, grid=[*range(999, -1, -111), -1])
+    plan = solvers.build("dpmpp_sde", VP, grid=[*range(999, -1, -111), -1], prediction="v")
     drawn = noises(2 * STEPS + 4, torch.float32)
     ours = run(plan, drawn[-1], drawn, timeless)
     # what our steps draw, in units of their standard deviation: their sampler is asked for these in turn
@@ -554,6 +597,6 @@ def test_parity_flow_form(monkeypatch: pytest.MonkeyPatch, eta: float) -> None:
 
 def test_the_multistep_function_serves_all_its_names() -> None:
     assert all(
-        solvers.get(name).function is dpmpp_multistep_sde
+        solvers.get(name).function is sde.dpmpp_multistep_sde
         for name in ("dpmpp_1_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_3m_sde_exact")
     )

@@ -119,7 +119,7 @@
         marks.push({ cx, cy, p });
       }
     }
-    if (level) draw(svg, "text", { x: left + 6, y: py(level.value) - 5, class: "halo" }, "the model itself, converged");
+    if (level) draw(svg, "text", { x: width - right - 4, y: py(level.value + 2 * level.se) - 5, "text-anchor": "end", class: "halo" }, "the model itself, converged");
     const ring = draw(svg, "circle", { r: 8, fill: "none", stroke: "var(--text)", "stroke-width": 1.5, visibility: "hidden" });
     svg.addEventListener("pointermove", event => {
       const box = svg.getBoundingClientRect(), scale = width / box.width;
