@@ -25,6 +25,7 @@ from .prediction import coefficients
 from .process import as_time
 
 NoiseSource = Callable[[int, Tensor], Tensor]
+Times = tuple[list[Tensor], list[Tensor]]
 
 _DENSE = torch.contiguous_format
 
@@ -64,6 +65,7 @@ class Run:
         hooks: applied to the predicted clean sample, in order.
         callback: called after each evaluation.
         samples: which samples of the whole call these are.
+        times: what :func:`times_of` gave, where that was called before.
     """
 
     network: Bound
@@ -71,6 +73,7 @@ class Run:
     hooks: Sequence[Hook] = ()
     callback: Callback | None = None
     samples: slice = field(default_factory=lambda: slice(None))
+    times: Times | None = None
 
 
 def philox_noise(seed: int, index: Tensor) -> NoiseSource:
@@ -247,20 +250,18 @@ def buffers_needed(plan: Plan) -> int:
     return _program(plan, True, False).buffers + plan.stochastic
 
 
-def _times(plan: Plan, run: Run, x: Tensor, column: str) -> list[Tensor]:
-    """What the network is told at each row, (B,) each, moved to the device at once."""
+def times_of(plan: Plan, run: Run, x: Tensor) -> Times:
+    """The time and the step size that the network is told at each row, (B,) each, on the device of ``x``."""
     denoiser = run.network.denoiser
-    raw = [getattr(v, column) for v in plan.values]
-    known = torch.tensor([0.0 if v is None else v for v in raw], dtype=torch.float64)
-    if column == "t_in":
-        wanted = torch.tensor([row.evaluates for row in plan.rows])
-        told = torch.zeros_like(known)
-        if bool(wanted.any()):
-            told[wanted] = denoiser.told(known[wanted])
-        known, dtype = told, denoiser.time_dtype(x.dtype)
-    else:
-        dtype = x.dtype
-    return [t.expand(x.shape[0]) for t in known.to(x.device, dtype).unbind()]
+    rows = list(zip(plan.rows, plan.values, strict=True))
+    told = torch.zeros(len(rows), dtype=torch.float64)
+    wanted = torch.tensor([row.evaluates for row, _ in rows])
+    if bool(wanted.any()):
+        told[wanted] = denoiser.told(as_time([v.t_in for row, v in rows if row.evaluates]))
+    sizes = torch.tensor([v.step or 0.0 for _, v in rows], dtype=x.dtype)
+    on_device = (told.to(x.device, denoiser.time_dtype(x.dtype)), sizes.to(x.device))
+    times, steps = ([t.expand(x.shape[0]) for t in column.unbind()] for column in on_device)
+    return times, steps
 
 
 def _hooked(hook: Hook, x0: Tensor, at: At) -> Tensor:
@@ -290,8 +291,7 @@ def execute(
         The last row's state, (B, ...).
     """
     program = _program(plan, owned, bool(run.hooks))
-    times = _times(plan, run, x, "t_in")
-    sizes = _times(plan, run, x, "step") if any(row.sized for row in plan.rows) else times
+    times, sizes = run.times or times_of(plan, run, x)
     pairs = _x0_pairs(plan) if run.hooks or run.callback else ()
     # The last entry is the newest output.
     buffers = [x, *(torch.empty_like(x, memory_format=_DENSE) for _ in range(program.buffers - 1)), x]

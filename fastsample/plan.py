@@ -333,6 +333,13 @@ class Plan:
 _METADATA = ("solver", "options", "prediction", "process", "fingerprint", "steps", "t0", "grid", "notes")
 
 
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write to a temporary file beside ``path``, flush it to disk, then rename it into place."""
     target = Path(path)
@@ -344,6 +351,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private; these are like any other
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .executor import (
     locate_nonfinite,
     philox_noise,
 )
+from .graph import Captured, require, run_captured
 from .hooks import Hook
 from .noise import START, normal
 from .plan import Plan
@@ -140,6 +141,7 @@ class Sampler:
                 'fs.wrap(net, fs.VP.linear(), prediction="eps")'
             )
         self.denoiser, self.hooks = denoiser, tuple(hooks)
+        self._graphs: dict[Hashable, Captured] = {}
 
     def __repr__(self) -> str:
         return f"Sampler({self.plan!r})"
@@ -169,6 +171,7 @@ class Sampler:
         hooks: Sequence[Hook] = (),
         return_trajectory: bool = False,
         differentiable: bool = False,
+        graph: bool = False,
         check: bool = True,
         **conditions: Any,
     ) -> Any:
@@ -188,6 +191,8 @@ class Sampler:
             hooks: applied after the sampler's own.
             return_trajectory: also give the states of all rows.
             differentiable: keep the graph: gradients with respect to plan, network and input.
+            graph: run through one CUDA graph, captured at the first call with these shapes; the noise of all
+                rows is drawn before. Not for several threads at once.
             check: raise when the result is not finite (one synchronisation, after the last row).
             conditions: handed to the network; tensors whose first dimension is B are one value a sample.
 
@@ -199,6 +204,14 @@ class Sampler:
             NonFiniteError: the result is not finite; says from which row, time and samples on.
         """
         state, total = self._state(shape, n, noise, x, device, dtype)
+        if graph:
+            require(
+                state.device,
+                callback=callback,
+                progress=progress,
+                return_trajectory=return_trajectory,
+                differentiable=differentiable,
+            )
         indices = self._indices(index, total, state.device)
         conditions = as_conditions(conditions, state.device, total)
         size = self._batch_size(batch_size, memory, total, state, conditions)
@@ -235,8 +248,11 @@ class Sampler:
                     with torch.inference_mode(False), torch.no_grad():
                         start = begin()
                         states = [start.clone()] if return_trajectory else None
-                        # a state handed in is the user's: it is not overwritten
-                        result = execute(self.plan, start, run, owned=x is None, trajectory=states)
+                        if graph:
+                            result = run_captured(self._graphs, self.plan, start, run)
+                        else:
+                            # a state handed in is the user's: it is not overwritten
+                            result = execute(self.plan, start, run, owned=x is None, trajectory=states)
                 if check and not bool(torch.isfinite(result).all()):
                     with torch.no_grad():
                         raise locate_nonfinite(self.plan, begin(), run)

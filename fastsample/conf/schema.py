@@ -53,7 +53,7 @@ class ReferenceConfig:
     """The model's own converged solution, which RMSE is measured against."""
 
     solver: Any = option("auto", "Solver of the reference solution; deterministic.")
-    steps: int = option(100, "Its number of steps.")
+    steps: int = option(200, "Its number of steps.")
     n: int = option(1000, "RMSE is measured on so many samples, the first ones.")
 
 

@@ -12,9 +12,26 @@ from .registry import build
 # Below this noise level the start is an image with noise, not noise: its prediction is worth an evaluation.
 _PURE_NOISE = 10.0
 
+# Guidance up to here leaves the model as smooth as it was.
+_MILD_GUIDANCE = 1.5
 
-def _clip(value: float, low: float, high: float) -> float:
-    return min(max(value, low), high)
+
+def _order(n: int, guidance: float) -> tuple[int, bool]:
+    """The predictor's order and whether to correct, for ``n`` evaluations.
+
+    Guidance multiplies the differences between predictions that high orders extrapolate: the stronger it is,
+    the more evaluations it takes before a higher order pays, and with very few the corrector, which is
+    implicit, may run away.
+    """
+    if guidance <= _MILD_GUIDANCE:
+        return (2 if 6 <= n <= 11 else 3), True
+    if n <= 3:
+        return 2, False
+    if n < guidance / 2:
+        return 1, False
+    if n <= min(2 + 2 * guidance, 14):
+        return 1, True
+    return (2 if n < max(12, 5 * guidance) else 3), True
 
 
 def auto(
@@ -54,34 +71,37 @@ def auto(
         raise ValueError(f"steps={steps!r} must be a whole number of at least 1")
     n = steps if steps is not None and named else 1
     skip = grid is None and float(process.rho(first)) >= _PURE_NOISE
+    few = n < 12
+    order, corrector = _order(n, guidance)
     spacing: dict[str, float] = {}
     if grid is None:
         # Constants fitted on analytic and trained models beside each other, at 3 to 50 evaluations: few steps
         # stay away from the data end, many crowd neither end.
         spacing = {
-            "power": max(0.5, 0.7 - 0.007 * n),
-            "center": _clip(0.45 + 0.05 * n, 0.7, 1.5),
-            "first_step": min(1.0, 8 / n),
+            "power": 0.67 if few else max(0.5, 0.7 - 0.007 * n),
+            "center": 0.7 if few else min(1.5, 0.45 + 0.05 * n),
+            "first_step": min(1.0, 8 / n) if few else 6 / n,
             "last_step": max(0.5, 1.6 - 0.08 * n),
         }
     times = grids.make(
         "logistic" if grid is None else grid, process, n + skip, start=first, end=stop, **spacing
     )
     chosen: dict[str, Any] = {
-        "order": 2 if 6 <= n <= 11 else 3,
+        "order": order,
         "space": "v",
         "variable": "logsat",
         "sigma_data": 0.5,
-        "corrector": True,
+        "corrector": corrector,
         "lower_order_final": True,
-        "final_order": 1 if n < 12 else 2,
+        "final_order": 1 if few else 2,
         "skip_start": skip,
     } | options
     plan = build("exp_adams", process, prediction=prediction, grid=times, **chosen)
     where = "given" if grid is not None else ", ".join(f"{k} {v:.3g}" for k, v in spacing.items())
     notes = [
         f"auto: order {chosen['order']} in {chosen['space']} (sigma_data {chosen['sigma_data']}) over "
-        f"{chosen['variable']}, {'with' if chosen['corrector'] else 'without'} corrector",
+        f"{chosen['variable']}, {'with' if chosen['corrector'] else 'without'} corrector"
+        + (f"; for guidance {guidance:g}" if guidance > _MILD_GUIDANCE else ""),
         f"grid: {'logistic, ' if grid is None else ''}{where}; end {stop}"
         + ("; pure noise is not evaluated" if chosen["skip_start"] else ""),
     ]

@@ -31,7 +31,7 @@ def finite(b: Builder, *times: Tensor) -> bool:
 
 
 def usable(b: Builder, t: Tensor, nodes: History) -> History:
-    """The nodes that a step to ``t`` in lam can use: finite ones; on an infinite step the one at its start."""
+    """The nodes that a step to ``t`` can use: finite in lam; on an infinite step the one at its start."""
     if not finite(b, t, nodes[-1][0]):
         return nodes[-1:]
     return [node for node in nodes if finite(b, node[0])]
@@ -165,7 +165,7 @@ def dpm_3m(
 
 def phi3(z: Tensor) -> Tensor:
     """``phi_3(z) = (e^z - 1 - z - z^2/2) / z^3``, without cancellation."""
-    if abs(float(z)) > 1:
+    if bool(z.abs() > 1):
         return (torch.expm1(z) - z - z**2 / 2) / z**3
     terms = [z**k / math.factorial(k + 3) for k in range(18)]
     return torch.stack(terms[::-1]).sum()
@@ -187,7 +187,6 @@ def dpm_2s(
     grid: Tensor,
     space: str = "x0",
     solver_type: str = "midpoint",
-    lower_order_final: bool = True,
     fixed: bool = False,
     r1: float = 0.5,
 ) -> None:
@@ -201,14 +200,13 @@ def dpm_2s(
         b, grid: the builder and the times.
         space: "x0" (``dpmpp_2s``) or "eps" (``dpm_solver_2s``).
         solver_type: "midpoint" (the paper's) or "heun" (the official code's "taylor", the exact integral).
-        lower_order_final: as in :func:`dpm_3s`; without effect at order 2.
         fixed: every interval of the grid is a step of two evaluations, with its stage at ``r1``.
         r1: with ``fixed``, where the inner stage lies, as a fraction of the interval in lam, in (0, 1).
 
     Raises:
         ValueError: an unknown ``solver_type``, or ``r1`` outside (0, 1) or without ``fixed``.
     """
-    _singlestep(b, grid, 2, space, solver_type, lower_order_final, fixed, (r1,), (0.5,))
+    _singlestep(b, grid, 2, space, solver_type, False, fixed, (r1,), (0.5,))
 
 
 @register("dpm_solver_3s", Claim(order=3, moments="asymptotic", space="eps"), space="eps")

@@ -132,8 +132,8 @@ def exp_adams(
         lower_order_final: let the order fall towards the last step, to ``final_order`` there.
         skip_start: save the evaluation at the first time, where all is noise and the best prediction of the
             normalised data is its mean, zero ("v" space only); steps - 1 evaluations.
-        sigma_data: the data's standard deviation, for "v" and "flow" space: EDM's F (Karras et al. 2022, eq. 8)
-            is "v" of the data divided by it.
+        sigma_data: the data's standard deviation, for "v" and "flow" space: EDM's F (Karras et al. 2022,
+            eq. 8) is "v" of the data divided by it.
 
     Raises:
         ValueError: ``skip_start`` in another space than "v", where a prediction of zero has no such meaning.

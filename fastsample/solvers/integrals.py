@@ -182,11 +182,11 @@ def _integrals(
             # As sigma_t -> 0 the measure concentrates at t: the extrapolated polynomial itself.
             return lagrange(u, end) if bool(torch.isposinf(lam_t)) and _finite(end) else None
         w, lam, width = _panels(lam_s, lam_t)
-        measure = w * torch.exp((lam - lam_t) if float(width) > 0 else (lam - lam_s))
+        measure = w * torch.exp((lam - lam_t) if bool(width > 0) else (lam - lam_s))
     elif space == "eps":
         if finite:
             w, lam, width = _panels(lam_s, lam_t)
-            measure = w * torch.exp((lam_s - lam) if float(width) > 0 else (lam_t - lam))
+            measure = w * torch.exp((lam_s - lam) if bool(width > 0) else (lam_t - lam))
         else:
             if bool(torch.isneginf(lam_s)) or bool(torch.isneginf(lam_t)) or variable == "lam":
                 return None
@@ -208,7 +208,7 @@ def _integrals(
 
 def _panels(lam_s: Tensor, lam_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     width = lam_t - lam_s
-    x, w = _gauss_legendre(max(1, int(np.ceil(abs(float(width)) / _PANEL))))
+    x, w = _gauss_legendre(max(1, int(np.ceil(abs(float(width.detach())) / _PANEL))))
     return w, lam_s + width * x, width
 
 

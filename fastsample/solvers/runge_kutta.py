@@ -114,7 +114,7 @@ def _churn(
 ) -> tuple[Expr, Tensor]:
     """The state with fresh noise at a raised noise level, and the time of that level."""
     rho = b.process.rho(s)
-    if not gamma or not low <= float(rho) <= high or not finite(b, s) or bool(b.lam(t) < b.lam(s)):
+    if not gamma or not bool((rho >= low) & (rho <= high)) or not finite(b, s) or bool(b.lam(t) < b.lam(s)):
         return x, s
     # no noisier than the network knows
     raised = b.process.stage(torch.maximum(b.lam(s) - math.log1p(gamma), b.lam(b.process.t_start)))

@@ -91,32 +91,45 @@ def _logits(
     s,
     scale,
     BIAS,
-    i,
-    j,
+    i0,
+    j0,
     Lq,
     Lk,
     stride_bi,
     stride_bj,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
     KIND: tl.constexpr,
     BIAS_PER_QUERY: tl.constexpr,
     TAIL: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """z = log2(e) * (scale * s + bias), and -inf where masked. Indices i (queries) and j (keys) broadcast."""
+    """z = log2(e) * (scale * s + bias), and -inf where masked, for the tile at query i0 and key j0."""
+    i = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    if KEYS_FIRST:
+        i = i[None, :]
+        j = j[:, None]
+    else:
+        i = i[:, None]
+        j = j[None, :]
     z = s * (scale * _LOG2E)
     if KIND != "none":
+        origin = BIAS + tl.cast(j0, tl.int64) * stride_bj
         if BIAS_PER_QUERY:
-            b = tl.load(BIAS + i.to(tl.int64) * stride_bi + j * stride_bj, mask=(i < Lq) & (j < Lk), other=0)
+            origin += tl.cast(i0, tl.int64) * stride_bi
+            b = tl.load(origin + (i * stride_bi + j * stride_bj), mask=(i < Lq - i0) & (j < Lk - j0), other=0)
         else:
-            b = tl.load(BIAS + j * stride_bj, mask=j < Lk, other=0)
+            b = tl.load(origin + j * stride_bj, mask=j < Lk - j0, other=0)
         if KIND == "mask":
             z = tl.where(b, z, float("-inf"))
         else:
             z += b.to(z.dtype) * _LOG2E
     if TAIL:
-        z = tl.where(j < Lk, z, float("-inf"))
+        z = tl.where(j < Lk - j0, z, float("-inf"))
     if CAUSAL:
-        z = tl.where(j <= i, z, float("-inf"))
+        z = tl.where(j + j0 <= i + i0, z, float("-inf"))
     return z
 
 
@@ -167,7 +180,7 @@ def _forward_loop(
     K,
     V,
     BIAS,
-    i,
+    i0,
     lo,
     hi,
     Lq,
@@ -198,10 +211,10 @@ def _forward_loop(
         if D2 > 0:
             k2 = _load(K, stride_k, Lk - start, BLOCK_N, D1, D2, D, VEC, not EDGE)
         s = _dot_rows(q1, q2, k1, k2, tl.zeros([BLOCK_M, BLOCK_N], l.dtype), D2, PRECISION, UPCAST)
-        j = start + tl.arange(0, BLOCK_N)[None, :]
         z = _logits(
-            s, scale, BIAS, i, j, Lq, Lk, stride_bi, stride_bj, KIND, BIAS_PER_QUERY, EDGE, EDGE and CAUSAL
-        )
+            s, scale, BIAS, i0, start, Lq, Lk, stride_bi, stride_bj,
+            BLOCK_M, BLOCK_N, False, KIND, BIAS_PER_QUERY, EDGE, EDGE and CAUSAL,
+        )  # fmt: skip
         m, p, alpha = _softmax_step(m, z, EDGE or KIND != "none")
         l = l * alpha + tl.sum(p, 1)
         v1 = _load(V, stride_v, Lk - start, BLOCK_N, 0, D1, D, VEC, not EDGE)
@@ -281,13 +294,13 @@ def attention_forward_kernel(
     middle, end = _key_range(tile, Lk, BLOCK_M, BLOCK_N, CAUSAL)
     if not ONE_TILE:
         acc1, acc2, m, l = _forward_loop(
-            acc1, acc2, m, l, q1, q2, K, V, BIAS_bh, i[:, None], 0, middle, Lq, Lk,
+            acc1, acc2, m, l, q1, q2, K, V, BIAS_bh, tile * BLOCK_M, 0, middle, Lq, Lk,
             stride_k, stride_v, stride_bi, stride_bj, scale,
             D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, False, CAUSAL, PRECISION, UPCAST,
         )  # fmt: skip
     if CAUSAL or not EVEN_N:
         acc1, acc2, m, l = _forward_loop(
-            acc1, acc2, m, l, q1, q2, K, V, BIAS_bh, i[:, None], middle, end, Lq, Lk,
+            acc1, acc2, m, l, q1, q2, K, V, BIAS_bh, tile * BLOCK_M, middle, end, Lq, Lk,
             stride_k, stride_v, stride_bi, stride_bj, scale,
             D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, True, CAUSAL, PRECISION, UPCAST,
         )  # fmt: skip
@@ -319,7 +332,7 @@ def _dq_loop(
     K,
     V,
     BIAS,
-    i,
+    i0,
     lo,
     hi,
     Lq,
@@ -354,10 +367,10 @@ def _dq_loop(
             v2 = _load(V, stride_v, Lk - start, BLOCK_N, D1, D2, D, VEC, not EDGE)
         zero = tl.zeros([BLOCK_M, BLOCK_N], lse.dtype)
         s = _dot_rows(q1, q2, k1, k2, zero, D2, PRECISION, UPCAST)
-        j = start + tl.arange(0, BLOCK_N)[None, :]
         z = _logits(
-            s, scale, BIAS, i, j, Lq, Lk, stride_bi, stride_bj, KIND, BIAS_PER_QUERY, EDGE, EDGE and CAUSAL
-        )
+            s, scale, BIAS, i0, start, Lq, Lk, stride_bi, stride_bj,
+            BLOCK_M, BLOCK_N, False, KIND, BIAS_PER_QUERY, EDGE, EDGE and CAUSAL,
+        )  # fmt: skip
         p = tl.exp2(z - lse[:, None])
         dp = _dot_rows(do1, do2, v1, v2, zero, D2, PRECISION, UPCAST)
         ds = (p * (dp - delta[:, None])).to(k1.dtype)
@@ -456,13 +469,13 @@ def attention_dq_kernel(
     middle, end = _key_range(tile, Lk, BLOCK_M, BLOCK_N, CAUSAL)
     if not ONE_TILE:
         dq1, dq2 = _dq_loop(
-            dq1, dq2, q1, q2, do1, do2, lse, delta, K, V, BIAS_bh, i[:, None], 0, middle, Lq, Lk,
+            dq1, dq2, q1, q2, do1, do2, lse, delta, K, V, BIAS_bh, tile * BLOCK_M, 0, middle, Lq, Lk,
             stride_k, stride_v, stride_bi, stride_bj, scale,
             D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, False, CAUSAL, PRECISION, UPCAST,
         )  # fmt: skip
     if CAUSAL or not EVEN_N:
         dq1, dq2 = _dq_loop(
-            dq1, dq2, q1, q2, do1, do2, lse, delta, K, V, BIAS_bh, i[:, None], middle, end, Lq, Lk,
+            dq1, dq2, q1, q2, do1, do2, lse, delta, K, V, BIAS_bh, tile * BLOCK_M, middle, end, Lq, Lk,
             stride_k, stride_v, stride_bi, stride_bj, scale,
             D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, True, CAUSAL, PRECISION, UPCAST,
         )  # fmt: skip
@@ -489,7 +502,7 @@ def _dkdv_loop(
     DELTA,
     BIAS,
     DBIAS,
-    j,
+    j0,
     lo,
     hi,
     Lq,
@@ -528,11 +541,13 @@ def _dkdv_loop(
         # lse = +inf makes p = 0 in rows beyond the last.
         lse = tl.load(LSE + i, mask=i < Lq, other=float("inf"))
         delta = tl.load(DELTA + i, mask=i < Lq, other=0.0)
-        i = i[None, :]
         zero = tl.zeros([BLOCK_N, BLOCK_M], dk1.dtype)
         s = _dot_rows(k1, k2, q1, q2, zero, D2, PRECISION, UPCAST)
         # Keys beyond the last need no mask: each fills its own row of dk and dv, which is not stored.
-        z = _logits(s, scale, BIAS, i, j, Lq, Lk, stride_bi, stride_bj, KIND, BIAS_PER_QUERY, False, CAUSAL)
+        z = _logits(
+            s, scale, BIAS, start, j0, Lq, Lk, stride_bi, stride_bj,
+            BLOCK_M, BLOCK_N, True, KIND, BIAS_PER_QUERY, False, CAUSAL,
+        )  # fmt: skip
         p = tl.exp2(z - lse[None, :])
         pc = p.to(do1.dtype)
         dv1 = _dot(pc, do1, dv1, PRECISION, UPCAST)
@@ -543,7 +558,8 @@ def _dkdv_loop(
         if BIAS_GRAD == "per_key":
             db += tl.sum(ds, 1)
         elif BIAS_GRAD == "full":
-            tl.store(DBIAS + i.to(tl.int64) * Lk + j, ds, mask=(i < Lq) & (j < Lk))
+            j = j0 + tl.arange(0, BLOCK_N)[:, None]
+            tl.store(DBIAS + i[None, :].to(tl.int64) * Lk + j, ds, mask=(i[None, :] < Lq) & (j < Lk))
         ds = ds.to(q1.dtype)
         dk1 = _dot(ds, q1, dk1, PRECISION, UPCAST)
         if D2 > 0:
@@ -648,13 +664,13 @@ def attention_dkdv_kernel(
         lo = tile * BLOCK_N // BLOCK_M * BLOCK_M
         middle = tl.minimum(tl.cdiv((tile + 1) * BLOCK_N - 1, BLOCK_M) * BLOCK_M, Lq)
         dk1, dk2, dv1, dv2, db = _dkdv_loop(
-            dk1, dk2, dv1, dv2, db, k1, k2, v1, v2, Q, DO, LSE, DELTA, BIAS_bh, DBIAS_bh, j[:, None], lo, middle,
+            dk1, dk2, dv1, dv2, db, k1, k2, v1, v2, Q, DO, LSE, DELTA, BIAS_bh, DBIAS_bh, tile * BLOCK_N, lo, middle,
             Lq, Lk, stride_q, stride_do, stride_bi, stride_bj, scale,
             D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, BIAS_GRAD, EVEN_M, True, PRECISION, UPCAST,
         )  # fmt: skip
         lo = tl.maximum(lo, tl.cdiv((tile + 1) * BLOCK_N - 1, BLOCK_M) * BLOCK_M)
     dk1, dk2, dv1, dv2, db = _dkdv_loop(
-        dk1, dk2, dv1, dv2, db, k1, k2, v1, v2, Q, DO, LSE, DELTA, BIAS_bh, DBIAS_bh, j[:, None], lo, Lq,
+        dk1, dk2, dv1, dv2, db, k1, k2, v1, v2, Q, DO, LSE, DELTA, BIAS_bh, DBIAS_bh, tile * BLOCK_N, lo, Lq,
         Lq, Lk, stride_q, stride_do, stride_bi, stride_bj, scale,
         D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, BIAS_GRAD, EVEN_M, False, PRECISION, UPCAST,
     )  # fmt: skip
@@ -686,7 +702,7 @@ def _tangent_loop(
     TK,
     TV,
     BIAS,
-    i,
+    i0,
     lo,
     hi,
     Lq,
@@ -729,10 +745,10 @@ def _tangent_loop(
         if D2 > 0:
             k2 = _load(K, stride_k, left, BLOCK_N, D1, D2, D, VEC, not EDGE)
         s = _dot_rows(q1, q2, k1, k2, zero, D2, PRECISION, UPCAST)
-        j = start + tl.arange(0, BLOCK_N)[None, :]
         z = _logits(
-            s, scale, BIAS, i, j, Lq, Lk, stride_bi, stride_bj, KIND, BIAS_PER_QUERY, EDGE, EDGE and CAUSAL
-        )
+            s, scale, BIAS, i0, start, Lq, Lk, stride_bi, stride_bj,
+            BLOCK_M, BLOCK_N, False, KIND, BIAS_PER_QUERY, EDGE, EDGE and CAUSAL,
+        )  # fmt: skip
         p = tl.exp2(z - lse[:, None])
         if HAS_TQ or HAS_TK:
             ts = zero
@@ -869,14 +885,14 @@ def attention_tangent_kernel(
     middle, end = _key_range(tile, Lk, BLOCK_M, BLOCK_N, CAUSAL)
     if not ONE_TILE:
         to1, to2, r = _tangent_loop(
-            to1, to2, r, q1, q2, tq1, tq2, lse, K, V, TK_bh, TV_bh, BIAS_bh, i[:, None], 0, middle,
+            to1, to2, r, q1, q2, tq1, tq2, lse, K, V, TK_bh, TV_bh, BIAS_bh, tile * BLOCK_M, 0, middle,
             Lq, Lk, stride_k, stride_v, stride_tk, stride_tv, stride_bi, stride_bj, scale,
             D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, False, CAUSAL, HAS_TQ, HAS_TK, HAS_TV,
             PRECISION, UPCAST,
         )  # fmt: skip
     if CAUSAL or not EVEN_N:
         to1, to2, r = _tangent_loop(
-            to1, to2, r, q1, q2, tq1, tq2, lse, K, V, TK_bh, TV_bh, BIAS_bh, i[:, None], middle, end,
+            to1, to2, r, q1, q2, tq1, tq2, lse, K, V, TK_bh, TV_bh, BIAS_bh, tile * BLOCK_M, middle, end,
             Lq, Lk, stride_k, stride_v, stride_tk, stride_tv, stride_bi, stride_bj, scale,
             D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, True, CAUSAL, HAS_TQ, HAS_TK, HAS_TV,
             PRECISION, UPCAST,

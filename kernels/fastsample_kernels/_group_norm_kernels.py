@@ -208,8 +208,7 @@ def apply(
     rstd = tl.load(at + G, mask=inside, other=0.0)
     xhat = (h - mean[:, None]) * rstd[:, None]
     z = xhat * gain[:, None] + offset[:, None]
-    out = _offsets(c, s, y_c, y_s, CHANNELS_LAST)
-    tl.store(y + n * y_n + out, _silu(z) if SILU else z, mask=mask)
+    y_offsets = n * y_n + _offsets(c, s, y_c, y_s, CHANNELS_LAST)
     if TANGENT:
         dh = tl.load(dx + n * dx_n + _offsets(c, s, dx_c, dx_s, CHANNELS_LAST), mask=mask, other=0.0).to(ACC)
         dmean = tl.load(at + 2 * G, mask=inside, other=0.0)
@@ -218,7 +217,8 @@ def apply(
         gain_tangent = tl.load(dgain + n * C + c, mask=inside, other=0.0).to(ACC)
         offset_tangent = tl.load(doffset + n * C + c, mask=inside, other=0.0).to(ACC)
         dz = dxhat * gain[:, None] + xhat * gain_tangent[:, None] + offset_tangent[:, None]
-        tl.store(dy + n * y_n + out, dz * _silu_derivative(z) if SILU else dz, mask=mask)
+        tl.store(dy + y_offsets, dz * _silu_derivative(z) if SILU else dz, mask=mask)
+    tl.store(y + y_offsets, _silu(z) if SILU else z, mask=mask)
 
 
 @triton.jit

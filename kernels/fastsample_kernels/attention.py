@@ -13,15 +13,16 @@ stabilizing and scaling continuous-time consistency models", appendix F).
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _runtime
+from . import _runtime as runtime
 
 MAX_HEAD_DIM = 256
 
@@ -56,7 +57,7 @@ def _fallback(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor:
     """PyTorch's attention, and the reference for tangents, which PyTorch's fast backends do not carry."""
-    if _runtime.unpack_duals([q, k, v, bias])[1] is not None:
+    if runtime.unpack_duals([q, k, v, bias])[1] is not None:
         return reference(q, k, v, bias=bias, is_causal=is_causal, scale=scale)
     if bias is not None and is_causal:  # PyTorch takes one of the two
         causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
@@ -69,7 +70,7 @@ def _fallback(
 
 # --- tiles ----------------------------------------------------------------------------------------------------
 
-Pass = Literal["forward", "jvp", "dq", "dkdv"]
+Pass = Literal["forward", "tangent", "dq", "dkdv"]
 
 
 @dataclass(frozen=True)
@@ -96,3 +97,344 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     first = whole // 2
     second = max(16, _power_of_two(max(1, head_dim - first)))
     return (whole, 0) if first < 16 or second >= first else (first, second)
+
+
+_T = Tiles
+# (largest padded head dim, tiles), by pass, for 2-byte types. Chosen without a GPU: compiled ahead of time for sm_80,
+# sm_90 and sm_100, the largest that spill no registers. Compute capability 8.x and 12.x: warp-level tensor-core
+# instructions and the 99 KiB of shared memory that all of them have; 9.x and 10.x: 227 KiB.
+_TILES_MMA: dict[Pass, tuple[tuple[int, Tiles], ...]] = {
+    "forward": ((128, _T(128, 64, 8, 2)), (160, _T(128, 32, 8, 2)), (256, _T(64, 32, 8, 2))),
+    "tangent": ((64, _T(64, 32, 4, 2)), (128, _T(64, 32, 8, 2)), (160, _T(64, 16, 4, 2)), (256, _T(64, 16, 8, 1))),
+    "dq": ((64, _T(64, 64, 4, 2)), (128, _T(64, 64, 8, 2)), (160, _T(64, 32, 8, 2)), (256, _T(64, 16, 8, 2))),
+    "dkdv": ((64, _T(64, 128, 8, 2)), (80, _T(32, 64, 4, 2)), (96, _T(32, 64, 8, 2)), (128, _T(64, 64, 8, 2)), (256, _T(16, 64, 8, 2))),
+}  # fmt: skip
+_TILES_WGMMA: dict[Pass, tuple[tuple[int, Tiles], ...]] = {
+    "forward": ((96, _T(128, 128, 8, 3)), (128, _T(128, 64, 8, 3)), (160, _T(128, 64, 8, 2)), (256, _T(128, 32, 8, 2))),
+    "tangent": ((96, _T(128, 64, 8, 2)), (160, _T(128, 32, 8, 2)), (256, _T(64, 16, 8, 2))),
+    "dq": ((96, _T(64, 128, 8, 2)), (160, _T(64, 64, 8, 2)), (256, _T(64, 32, 4, 2))),
+    "dkdv": ((80, _T(64, 128, 8, 2)), (128, _T(64, 64, 8, 2)), (256, _T(32, 64, 8, 2))),
+}  # fmt: skip
+# For float32 with TF32 products, on every GPU.
+_TILES_TF32: dict[Pass, tuple[tuple[int, Tiles], ...]] = {
+    "forward": ((128, _T(64, 32, 4, 2)), (256, _T(32, 16, 4, 2))),
+    "tangent": ((64, _T(32, 32, 4, 1)), (128, _T(32, 16, 4, 1)), (256, _T(16, 16, 4, 1))),
+    "dq": ((64, _T(32, 32, 4, 2)), (128, _T(32, 16, 4, 2)), (256, _T(16, 16, 4, 1))),
+    "dkdv": ((64, _T(32, 32, 8, 1)), (128, _T(32, 32, 8, 1)), (256, _T(16, 16, 4, 1))),
+}
+
+
+def tiles(
+    which: Pass, head_dim: int, key_length: int, element_size: int, capability: tuple[int, int]
+) -> Tiles:
+    """Tiles of one pass.
+
+    Args:
+        which: "forward", "tangent", "dq" or "dkdv".
+        head_dim: D.
+        key_length: Lk; up to 128 keys make a single tile where the table's query tiles leave room for it.
+        element_size: bytes of an element of q, k and v.
+        capability: compute capability of the GPU.
+    """
+    table = _TILES_TF32 if element_size > 2 else _TILES_WGMMA if capability[0] in (9, 10) else _TILES_MMA
+    width = sum(split_head_dim(head_dim))
+    chosen = next(t for largest, t in table[which] if width <= largest)
+    if which == "dkdv" or element_size > 2:
+        return chosen
+    if key_length <= chosen.block_n:  # no larger than it needs to be
+        return replace(chosen, block_n=max(16, _power_of_two(key_length)), num_stages=1)
+    return Tiles(64, 128, 8, 1) if key_length <= 128 else chosen
+
+
+# --- operators ------------------------------------------------------------------------------------------------
+# Beside o the forward operator returns lse (B, H, Lq), log2 of the sum of exp2 of the logits, which carries no
+# gradient. Outputs are laid out as (batch, length, heads, dim), where the layers around attention want them.
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+@torch.compiler.assume_constant_result
+def _tf32_allowed() -> bool:
+    """Whether PyTorch may round float32 products to TF32."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        return matmul.fp32_precision == "tf32"  # where it exists, allow_tf32 may raise
+    except AttributeError:  # before PyTorch 2.9
+        return matmul.allow_tf32
+
+
+def _tiles(which: Pass, q: Tensor, k: Tensor) -> Tiles:
+    return tiles(which, q.shape[3], k.shape[2], q.element_size(), _capability(q.device))
+
+
+def _precision(q: Tensor) -> str:
+    """Of the products; float64, and the interpreter, which rounds nothing, ignore it."""
+    return "tf32" if q.dtype == torch.float32 else "ieee"
+
+
+def _empty(batch: int, heads: int, length: int, like: Tensor) -> Tensor:
+    return runtime.empty((batch, length, heads, like.shape[3]), like.dtype, like.device).transpose(1, 2)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return _empty(*x.shape[:3], x)
+
+
+def _empty_rows(q: Tensor) -> Tensor:
+    """One number for each query."""
+    return runtime.empty(q.shape[:3], runtime.accumulator(q.dtype), q.device)
+
+
+def _unit_columns(*tensors: Tensor | None) -> list[Any]:
+    """The kernels read rows whose elements are neighbours."""
+    return [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
+@torch.library.custom_op("fastsample_kernels::attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    from ._attention_kernels import forward_launch
+
+    q, k, v = _unit_columns(q, k, v)
+    o, lse = _empty_like(q), _empty_rows(q)
+    with runtime.on_device(q):
+        forward_launch(
+            q, k, v, bias, is_causal, scale, o, lse, _precision(q), _tiles("forward", q, k)
+        )()
+    return o, lse
+
+
+@torch.library.custom_op("fastsample_kernels::attention_tangent", mutates_args=())
+def _tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    tq: Tensor | None,
+    tk: Tensor | None,
+    tv: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor]:
+    from ._attention_kernels import tangent_launch
+
+    q, k, v, tq, tk, tv, o = _unit_columns(q, k, v, tq, tk, tv, o)
+    to = _empty_like(q)
+    with runtime.on_device(q):
+        tangent_launch(
+            q, k, v, bias, tq, tk, tv, is_causal, scale, o, lse.contiguous(), to, _precision(q), _tiles("tangent", q, k)
+        )()
+    return (to,)
+
+
+@torch.library.custom_op("fastsample_kernels::attention_backward", mutates_args=())
+def _backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    bias_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and bias; the last is empty unless asked for."""
+    from ._attention_kernels import dkdv_launch, dq_launch
+
+    q, k, v, o, do = _unit_columns(q, k, v, o, do)
+    lse = lse.contiguous()
+    dq, dk, dv, delta = _empty_like(q), _empty_like(k), _empty_like(v), _empty_rows(q)
+    dlogits = None
+    if bias_needs_grad and bias is not None:
+        batch, heads, queries, keys = *q.shape[:3], k.shape[2]
+        if bias.shape[2] == 1:  # summed over the queries inside of the kernel
+            dlogits = runtime.empty((batch, heads, keys), lse.dtype, q.device)
+        else:
+            dlogits = runtime.empty((batch, heads, queries, keys), lse.dtype, q.device)
+            if is_causal:
+                dlogits.zero_()
+    precision = _precision(q)
+    with runtime.on_device(q):
+        dq_launch(
+            q, k, v, bias, is_causal, scale, o, lse, do, delta, dq, precision, _tiles("dq", q, k)
+        )()
+        dkdv_launch(
+            q, k, v, bias, is_causal, scale, lse, do, delta, dk, dv, dlogits, precision, _tiles("dkdv", q, k)
+        )()
+    if dlogits is None or bias is None:
+        return dq, dk, dv, q.new_empty(0)
+    if dlogits.dim() == 3:
+        dlogits = dlogits.unsqueeze(2)
+    return dq, dk, dv, dlogits.sum_to_size(bias.shape).to(bias.dtype, copy=True)
+
+
+@_forward.register_fake
+def _(q, k, v, bias, is_causal, scale):
+    return _empty_like(q), _empty_rows(q)
+
+
+@_tangent.register_fake
+def _(q, k, v, bias, tq, tk, tv, o, lse, is_causal, scale):
+    return (_empty_like(q),)
+
+
+@_backward.register_fake
+def _(do, q, k, v, bias, o, lse, is_causal, scale, bias_needs_grad):
+    wanted = bias_needs_grad and bias is not None
+    dbias = bias.new_empty(bias.shape) if wanted else q.new_empty(0)
+    return _empty_like(q), _empty_like(k), _empty_like(v), dbias
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    q, k, v, bias, ctx.is_causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, bias, *output)
+
+
+def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, bias, o, lse = ctx.saved_tensors
+    if do is None:
+        return (None,) * 6
+    runtime.refuse_duals("attention's gradient", do, q, k, v, bias)
+    wanted = bias is not None and ctx.needs_input_grad[3]
+    dq, dk, dv, dbias = _call_backward(do, q, k, v, bias, o, lse, ctx.is_causal, ctx.scale, wanted)
+    return dq, dk, dv, dbias if wanted else None, None, None
+
+
+_call_forward = runtime.differentiable(_forward, _gradients, _save)
+_call_tangent = runtime.differentiable(_tangent)
+_call_backward = runtime.differentiable(_backward)
+
+# The mapped dimension of vmap becomes part of the batch.
+runtime.batched(_forward, "nnnn--")
+runtime.batched(_tangent, "nnnnnnnnn--")
+runtime.batched(_backward, "nnnnnnn---")
+
+
+# --- the function ---------------------------------------------------------------------------------------------
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; attention needs (batch, heads, length, dim): "
+                "add the missing axes with unsqueeze"
+            )
+        if x.dtype != q.dtype or x.shape[:2] != q.shape[:2]:
+            raise ValueError(
+                f"{name} is {x.dtype} of shape {tuple(x.shape)}, q is {q.dtype} of shape {tuple(q.shape)}; "
+                "all three need one dtype, batch and number of heads: convert or expand"
+            )
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k has dim {k.shape[3]} and q has {q.shape[3]}; they must be equal")
+    if v.shape[2] != k.shape[2]:
+        raise ValueError(f"v has length {v.shape[2]} and k has {k.shape[2]}; they must be equal")
+    if bias is None:
+        return
+    scores = (*q.shape[:3], k.shape[2])
+    if bias.dim() > 4 or any(
+        size not in (1, full) for size, full in zip(reversed(bias.shape), reversed(scores), strict=False)
+    ):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, which does not broadcast to {scores}")
+    if bias.dtype != torch.bool and not bias.is_floating_point():
+        raise ValueError(f"bias has dtype {bias.dtype}; use a floating-point bias or a Boolean mask")
+
+
+def supported(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> str | None:
+    """Why the kernels cannot take these arguments of :func:`attention`; None when they can."""
+    reason = runtime.why_not(q, k, v, None if bias is None or bias.dtype == torch.bool else bias)
+    if reason is not None:
+        return reason
+    if q.shape[3] > MAX_HEAD_DIM:
+        return f"head dim {q.shape[3]} is above {MAX_HEAD_DIM}"
+    if v.shape[3] != q.shape[3]:
+        return f"v has another head dim ({v.shape[3]}) than q ({q.shape[3]})"
+    if scale is not None and not 0 < scale < math.inf:
+        return f"scale={scale} is not positive"
+    if q.is_cuda and q.dtype == torch.float32 and not _tf32_allowed():
+        return "float32 products may not be rounded to TF32 (torch.backends.cuda.matmul.allow_tf32 = True)"
+    if bias is not None and runtime.unpack_duals([bias])[1] is not None:
+        return "bias has a forward-mode tangent"
+    return None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention, ``softmax(scale * q k^T + bias) v``; the arguments are those of PyTorch's
+    ``scaled_dot_product_attention``.
+
+    Differentiable in reverse mode and in forward mode (each once) in q, k, v and, in reverse mode, in bias;
+    results do not change from run to run. Where the kernels do not run (``explain(attention, ...)`` says why)
+    PyTorch's own attention does. Under autocast q, k and v are cast as PyTorch's attention casts them.
+
+    Args:
+        q: (batch, heads, Lq, dim), float16, bfloat16 or float32; any strides, read in place when elements of a
+            row are neighbours.
+        k, v: (batch, heads, Lk, dim), of the dtype of q.
+        bias: broadcasts to (batch, heads, Lq, Lk); added to the scores, or, when Boolean, a mask whose True
+            entries take part. A query whose keys are all masked gives zeros.
+        is_causal: query i sees the keys j <= i only (counted from the first, whatever Lq and Lk); may be
+            combined with bias.
+        scale: of the scores; None means dim ** -0.5.
+
+    Returns:
+        (batch, heads, Lq, dim) in the dtype of q, laid out as (batch, Lq, heads, dim) by the kernels.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit; the message says which.
+        NotImplementedError: a second derivative through the kernels.
+    """
+    _check(q, k, v, bias)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if supported(q, k, v, bias, scale) is not None:
+        return _fallback(q, k, v, bias, is_causal, scale)
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    if bias is not None:
+        bias = bias[(None,) * (4 - bias.dim())]
+        if torch._C._are_functorch_transforms_active():  # vmap folds into the batch
+            bias = bias.expand(q.shape[0], *bias.shape[1:])
+    primals, tangents = runtime.unpack_duals((q, k, v, bias))
+    o, lse = _call_forward(*primals, is_causal, scale)
+    if tangents is None:
+        return o
+    (to,) = _call_tangent(*primals, *tangents[:3], o, lse, is_causal, scale)
+    return runtime.make_dual(o, to)
+
+
+@runtime.explains("attention")
+def _explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> str:
+    _check(q, k, v, bias)
+    reason = supported(q, k, v, bias, scale)
+    if reason is not None:
+        return f"attention: plain torch, because {reason}"
+    first, second = split_head_dim(q.shape[3])
+    passes: tuple[Pass, ...] = ("forward", "tangent", "dq", "dkdv")
+    chosen = ", ".join(f"{which} {_tiles(which, q, k)}" for which in passes)
+    return f"attention: Triton, head dim {q.shape[3]} as {first} + {second}, {chosen}"

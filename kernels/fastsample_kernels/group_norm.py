@@ -84,7 +84,7 @@ class Tiles:
 
 
 _FUSED_TILE = 16384  # bytes, with eight warps
-_TILE = 4096
+_TILE = 2048  # elements: 16 a thread with four warps
 _FUSED_ELEMENTS = 1 << 16  # of a group: a few tiles of one program
 _NARROW_BYTES = 1 << 20  # of a channels-last tensor for which one launch beats wide loads
 
@@ -117,7 +117,7 @@ def tiles(
         block_c = min(_power_of_2(channels), 64)
         block_s = min(_power_of_2(spatial), _TILE // block_c)
     else:
-        block_s = min(_power_of_2(spatial), 1024)
+        block_s = min(_power_of_2(spatial), 512)
         block_c = min(_power_of_2(channels), _TILE // block_s)
     programs = batch * -(-channels // block_c)
     wanted = -(-8 * multiprocessors // programs)
@@ -133,7 +133,7 @@ def tiles(
         block_s=block_s,
         chunk=chunk,
         chunks=chunks,
-        combine_k=min(_power_of_2(chunks), 2048 // combine_c),
+        combine_k=min(_power_of_2(chunks), 1024 // combine_c),
         combine_c=combine_c,
         warps=8 if fused else 4,
     )

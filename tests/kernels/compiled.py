@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 import triton
-from fastsample_kernels._launch import Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fastsample_kernels._launch import Launch
 
 ARCHITECTURES = (80, 90, 100)
 _TYPES = {
@@ -47,7 +48,7 @@ class Code:
 
 
 def compile_launch(launch: Launch, architecture: int, directory: Path) -> Code:
-    """Compile as a launch on that GPU would: integers of 1 become constants, multiples of 16 are known as such."""
+    """Compile as a launch there would: integers of 1 become constants, multiples of 16 are known as such."""
     kernel = launch.kernel
     signature, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(kernel.params):

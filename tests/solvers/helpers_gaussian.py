@@ -1,7 +1,7 @@
 """Plans on Gaussian data: what a table does to mean and covariance, exactly and without drawing a sample.
 
-On data ``N(mean, variance)`` the perfect network is linear, so every state of a plan is a linear function of its
-independent sources: the start, and each stream of noise. Nothing here uses the package's executor.
+On data ``N(mean, variance)`` the perfect network is linear, so every state of a plan is a linear function of
+its independent sources: the start, and each stream of noise. Nothing here uses the package's executor.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Gaussian:
 def states(plan: Plan, data: Gaussian, *, exact_start: bool = True) -> list[np.ndarray]:
     """Every state of a plan as (constant, coefficient of the start, coefficients of the noises...).
 
-    The start is ``x_T``'s own marginal, or with ``exact_start=False`` the unit noise that samplers start from.
+    The start is the marginal at its time, or with ``exact_start=False`` the noise that samplers start from.
     """
     rows, values = plan.rows, plan.values
     streams = sorted({s for row in rows for s in row.noises})
@@ -46,8 +46,11 @@ def states(plan: Plan, data: Gaussian, *, exact_start: bool = True) -> list[np.n
     found = [start]
     predictions: dict[int, np.ndarray] = {}
     for r, (row, v) in enumerate(zip(rows, values, strict=True)):
-        x = sum((c * found[j] for j, c in zip(row.states, v.a, strict=True)), np.zeros_like(start))
-        x = x + sum((c * predictions[k] for k, c in zip(row.predictions, v.b, strict=True)), np.zeros_like(start))
+        x = np.zeros_like(start)
+        for j, c in zip(row.states, v.a, strict=True):
+            x += c * found[j]
+        for k, c in zip(row.predictions, v.b, strict=True):
+            x += c * predictions[k]
         for s, c in zip(row.noises, v.c, strict=True):
             x[2 + streams.index(s)] += c
         found.append(x)

@@ -87,8 +87,8 @@ class Mixture:
     def solve(self, process: Process, x: Tensor, times: list[float]) -> list[Tensor]:
         """The probability-flow ODE from ``times[0]`` through the others, to about 1e-13.
 
-        In the angle ``phi`` with ``y = x / sqrt(alpha^2 + sigma^2)`` the ODE is ``dy/dphi = v`` (Salimans & Ho
-        2022, appendix D), regular at both ends.
+        In the angle ``phi`` with ``y = x / sqrt(alpha^2 + sigma^2)`` the ODE is ``dy/dphi = v`` (Salimans &
+        Ho 2022, appendix D), regular at both ends.
         """
 
         def slope(phi: float, y: np.ndarray) -> np.ndarray:

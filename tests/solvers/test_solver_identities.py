@@ -98,7 +98,9 @@ def test_heun_by_edm_algorithm_2(churn: dict[str, float]) -> None:
     found = sampler(shape=(6, 2), seed=seed, dtype=torch.float64)
 
     index = torch.arange(6)
-    sigmas = [(80 ** (1 / 7) + i / (steps - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(steps)]
+    sigmas = [
+        (80 ** (1 / 7) + i / (steps - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(steps)
+    ]
     x = normal((6, 2), seed, index, START, dtype=torch.float64) * sigmas[0]
     stream = 0
     for sigma, after in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
@@ -133,7 +135,17 @@ def test_counted_evaluations(steps: int, end: str) -> None:
         return fs.solvers.build(name, fs.VP.linear(), steps, prediction="eps", end=end, **settings).nfe
 
     zero = end == "zero"
-    for name in ("dpmpp_2s", "dpmpp_3s", "dpm_solver_3s", "dpmpp_3m", "unipc", "lms", "deis", "ipndm", "exp_adams"):
+    for name in (
+        "dpmpp_2s",
+        "dpmpp_3s",
+        "dpm_solver_3s",
+        "dpmpp_3m",
+        "unipc",
+        "lms",
+        "deis",
+        "ipndm",
+        "exp_adams",
+    ):
         assert nfe(name) == steps
     assert nfe("dpmpp_3s", lower_order_final=False) == steps
     assert nfe("dpmpp_2s", fixed=True) == 2 * steps - zero
@@ -210,8 +222,16 @@ def test_finite_when_inverting(name: str) -> None:
             fs.solvers.build(name, process, prediction=prediction, grid=grid)
 
 
-@pytest.mark.parametrize("name", ["unipc", "dpmpp_3m", "deis", "pndm", "heun", "dpmpp_3s"])
-@pytest.mark.parametrize("end", ["zero", "sigma_min"])
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("unipc", "zero"),
+        ("unipc", "sigma_min"),
+        ("dpmpp_3m", "zero"),
+        ("deis", "sigma_min"),
+        ("dpmpp_3s", "zero"),
+    ],
+)
 def test_a_thousand_steps(name: str, end: str) -> None:
     plan = fs.solvers.build(name, fs.VP.linear(), 1000, prediction="eps", end=end)
     assert plan.steps == 1000
@@ -221,7 +241,7 @@ def test_a_thousand_steps(name: str, end: str) -> None:
 
 @functools.cache
 def clean(key: str) -> Tensor:
-    """The exact solution at zero noise: the denoised state at a signal-to-noise ratio where that is all the same."""
+    """The exact solution at zero noise: the denoised state where the noise is next to nothing."""
     process = PROCESSES[key][0]()
     t = float(process.t_of_lam(9.0))
     state = PROBLEM.solve(process, STATE, [process.t_start, t])[-1]
@@ -237,8 +257,8 @@ def test_samples_are_near_the_exact_solution(name: str, key: str) -> None:
     denoiser = fs.wrap(PROBLEM.network(process, prediction), process, prediction)
     sampler = fs.Sampler(denoiser, name, 40, grid="logsnr")
     found = sampler(x=STATE)
-    print(float((found - clean(key)).square().mean().sqrt()))
-    assert float((found - clean(key)).square().mean().sqrt()) < 0.12
+    allowed = 0.1 if fs.solvers.get(name).claim.order == 1 else 0.04
+    assert float((found - clean(key)).square().mean().sqrt()) < allowed
     single = sampler(x=STATE.float())
     assert single.dtype == torch.float32
     assert float((single - found).abs().max()) < 1e-4
@@ -246,7 +266,7 @@ def test_samples_are_near_the_exact_solution(name: str, key: str) -> None:
 
 @pytest.mark.parametrize("name", deterministic())
 def test_inverting_takes_samples_back_to_noise(name: str) -> None:
-    """Generating on a grid and inverting on the reversed one returns to the start, as far as the order allows."""
+    """Generating, then inverting on the reversed grid, returns to the start as far as the order allows."""
     process = fs.VP.cosine()
     noise_to_data = lam_grid(process, torch.linspace(-2.5, 2.0, 121))
     there = fs.solvers.build(name, process, prediction="v", grid=noise_to_data)

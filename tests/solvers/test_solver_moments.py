@@ -1,8 +1,8 @@
 """Moment conditions: solvers integrate polynomial predictions exactly, or asymptotically, up to their order.
 
-A table is run with its predictions replaced by the values of a polynomial ``f(u)`` in the variable that the solver
-claims. The exact solution of ``x' = ...`` is then an integral, ``x_t / c_t = x_s / c_s + int f dG``, known in
-closed form by parts. Grids are random, so that mistakes which cancel on uniform grids or with constant models show.
+A table is run with its predictions replaced by the values of a polynomial ``f(u)`` in the variable that the
+solver claims. The exact solution is then an integral, ``x_t / c_t = x_s / c_s + int f dG``. Grids are random,
+so that mistakes which cancel on uniform grids or with constant models show.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ MEASURE: dict[tuple[str, str], Callable[[Process, np.ndarray], np.ndarray]] = {
 }
 
 
-def integral(process: Process, claim: Claim, f: Function, slope: Function, first: float, last: float) -> float:
-    """``int f dG`` from u = first to last, by parts: ``[f G] - int f' G du``, Gauss-Legendre on many panels."""
+def integral(
+    process: Process, claim: Claim, f: Function, slope: Function, first: float, last: float
+) -> float:
+    """``int f dG`` from u = first to last, by parts: ``[f G] - int f' G du``, Gauss-Legendre on panels."""
     measure = MEASURE[claim.space, claim.variable]
     x, w = np.polynomial.legendre.leggauss(20)
     edges = np.linspace(first, last, 9)
@@ -69,7 +71,9 @@ def integral(process: Process, claim: Claim, f: Function, slope: Function, first
     return float(np.diff(f(ends) * measure(process, ends))[0]) - inner
 
 
-def residuals(plan: Plan, process: Process, claim: Claim, grid: Tensor, f: Function, slope: Function) -> np.ndarray:
+def residuals(
+    plan: Plan, process: Process, claim: Claim, grid: Tensor, f: Function, slope: Function
+) -> np.ndarray:
     """What each step adds to ``x / c`` less what it should, for predictions ``f(u)``."""
 
     def predict(r: int, v: RowValues, state: Tensor) -> Tensor:
@@ -78,7 +82,9 @@ def residuals(plan: Plan, process: Process, claim: Claim, grid: Tensor, f: Funct
     states = interpret(plan, torch.zeros((), dtype=torch.float64), predict)
     times = grid.tolist()
     at = dict(zip((v.t for v in plan.values), states, strict=True))  # the last row at a time holds
-    scaled = [float(at[t]) / FACTOR[claim.space](float(process.alpha(t)), float(process.sigma(t))) for t in times]
+    scaled = [
+        float(at[t]) / FACTOR[claim.space](float(process.alpha(t)), float(process.sigma(t))) for t in times
+    ]
     u = [VARIABLE[claim.variable](process, t) for t in times]
     exact = [integral(process, claim, f, slope, a, b) for a, b in itertools.pairwise(u)]
     return np.diff(scaled) - np.array(exact)
@@ -94,7 +100,9 @@ def polynomial(degree: int, center: float, width: float) -> tuple[Function, Func
     )
 
 
-def polynomials(process: Process, claim: Claim, grid: Tensor, degrees: range) -> list[tuple[Function, Function]]:
+def polynomials(
+    process: Process, claim: Claim, grid: Tensor, degrees: range
+) -> list[tuple[Function, Function]]:
     """Polynomials of size one on the grid."""
     u = [VARIABLE[claim.variable](process, t) for t in grid.tolist()]
     center, width = (max(u) + min(u)) / 2, (max(u) - min(u)) / 2
@@ -119,7 +127,9 @@ def with_moments(kind: str) -> list[str]:
 
 def test_every_deterministic_solver_is_tested_here() -> None:
     fixed_weights = {"pndm", "plms", "ipndm"}
-    assert set(with_moments("exact")) | set(with_moments("asymptotic")) | fixed_weights == set(deterministic())
+    assert set(with_moments("exact")) | set(with_moments("asymptotic")) | fixed_weights == set(
+        deterministic()
+    )
 
 
 def past_warm_up(
@@ -127,7 +137,7 @@ def past_warm_up(
 ) -> np.ndarray:
     """The residuals of full steps, relative to the size of the measure on the grid.
 
-    With a free corrector the states of the table are the predicted ones: state i is off by the predictor's own
+    With a free corrector the states of the table are the predicted ones: each is off by the predictor's own
     residual, which the same solver without corrector shows, and which the next row takes back.
     """
     claim, chosen = case(name)
@@ -147,7 +157,7 @@ spacings = st.lists(st.floats(0.08, 0.8), min_size=STEPS, max_size=STEPS)
 @given(widths=spacings, start=st.floats(-2.0, 0.0), key=st.sampled_from(sorted(MAKERS)), rising=st.booleans())
 @settings(max_examples=8, deadline=None, derandomize=True)
 def test_exact(name: str, widths: list[float], start: float, key: str, rising: bool) -> None:
-    """Every full step adds exactly the integral of every polynomial below the order, generating or inverting."""
+    """Every full step adds exactly the integral of polynomials below the order, generating or inverting."""
     claim = fs.solvers.get(name).claim
     process = fs.TrigFlow() if claim.variable == "t" and key == "vp" else MAKERS[key]()
     lam = start + np.cumsum([0.0, *widths])
@@ -206,7 +216,7 @@ def test_fixed_weights_are_exact_on_a_uniform_grid(order: int) -> None:
 
 
 def test_tab_on_a_table_of_times() -> None:
-    """On a discrete process ``rho(t)`` has kinks at the integers; tAB's integrals hold to 1e-6 across them."""
+    """On a discrete process ``rho(t)`` has kinks at integers; tAB's integrals hold to 1e-6 across them."""
     process, claim = fs.VP.linear(), fs.solvers.get("deis_tab").claim
     grid = torch.tensor([950.0, 871.3, 760.2, 650.0, 531.7, 402.2, 271.0, 149.6, 60.3, 12.4]).double()
     for f, slope in polynomials(process, claim, grid, range(4)):

@@ -1,8 +1,8 @@
 """Parity with the installed diffusers, in float32 to 1e-5, on grids where no rounding of times comes between.
 
 Discrete schedulers: 9 steps divide 999 evenly ("linspace" with final_sigmas_type="sigma_min"); "leading" and
-"trailing" spacing with 10 steps. The noise process is built from the scheduler's own ``alphas_cumprod``, which
-diffusers computes in float32.
+"trailing" spacing with 10 steps. The noise process is built from the scheduler's own ``alphas_cumprod``,
+which diffusers computes in float32.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 import fastsample as fs
 
 diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # the "dpmsolver" forms are deprecated there
 
 TOLERANCE = 1e-5
 SHAPE = (4, 3, 6, 6)
@@ -42,7 +44,9 @@ def process_of(scheduler: Any) -> fs.VP:
     return fs.VP.from_alphas_cumprod(scheduler.alphas_cumprod.double())
 
 
-def theirs(scheduler: Any, steps: int, x: Tensor, net: Callable[[Tensor, Tensor], Tensor] = network) -> Tensor:
+def theirs(
+    scheduler: Any, steps: int, x: Tensor, net: Callable[[Tensor, Tensor], Tensor] = network
+) -> Tensor:
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         x = scheduler.step(net(scheduler.scale_model_input(x, t), t), t, x).prev_sample
@@ -80,18 +84,21 @@ def ve_state(process: fs.VP, x: Tensor, t: float) -> Tensor:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_ddim(spacing: str, grid: str, solver: str, prediction: str) -> None:
     scheduler = diffusers.DDIMScheduler(
-        **BETAS, timestep_spacing=spacing, prediction_type=prediction, clip_sample=False, set_alpha_to_one=True
+        **BETAS,
+        timestep_spacing=spacing,
+        prediction_type=prediction,
+        clip_sample=False,
+        set_alpha_to_one=True,
     )
     found = fs.Sampler(fs.wrap(network, process_of(scheduler), prediction), solver, 10, grid=grid)(x=NOISE)
     assert_close(found, theirs(scheduler, 10, NOISE))
 
 
 def test_ddim_clips_as_a_hook() -> None:
-    """diffusers' default clip_sample=True leaves the noise as predicted, ``x' = alpha clip(x0) + sigma eps``."""
-    scheduler = diffusers.DDIMScheduler(**BETAS, set_alpha_to_one=True)
+    """A clipped x0 goes with the noise that belongs to it: diffusers' use_clipped_model_output=True."""
+    scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=True, set_alpha_to_one=True)
     scheduler.set_timesteps(10)
     process = process_of(scheduler)
-    # fastsample's hook gives a clipped x0 with the noise that belongs to it ("use_clipped_model_output")
     x = NOISE
     for t in scheduler.timesteps:
         x = scheduler.step(network(x, t), t, x, use_clipped_model_output=True).prev_sample
@@ -101,7 +108,9 @@ def test_ddim_clips_as_a_hook() -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_euler(prediction: str) -> None:
-    scheduler = diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="linspace", prediction_type=prediction)
+    scheduler = diffusers.EulerDiscreteScheduler(
+        **BETAS, timestep_spacing="linspace", prediction_type=prediction
+    )
     process = process_of(scheduler)
     found = ours(process, "euler", TO_ZERO, NOISE, prediction)
     assert_close(found, theirs(scheduler, 10, ve_state(process, NOISE, 999)))
@@ -131,8 +140,8 @@ def test_pndm(solver: str, skip_prk: bool, nfe: int) -> None:
 def test_ipndm() -> None:
     """diffusers' IPNDM lives on TrigFlow's angle with a v-prediction; compared from its second point on.
 
-    At its first point alpha = 0, and it divides what should be ``alpha x_0`` by ``max(alpha, 1e-8)``: its first
-    step ignores the network.
+    At its first point alpha = 0, and it divides what should be ``alpha x_0`` by ``max(alpha, 1e-8)``: its
+    first step ignores the network.
     """
     scheduler = diffusers.IPNDMScheduler()
     scheduler.set_timesteps(10)
@@ -153,7 +162,7 @@ def test_ipndm() -> None:
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_deis(order: int) -> None:
-    """diffusers' DEIS interpolates in log rho: ``deis_logrho`` (its lower_order_final acts below 15 steps)."""
+    """diffusers' DEIS interpolates in log rho: ``deis_logrho`` (lower_order_final acts below 15 steps)."""
     scheduler = diffusers.DEISMultistepScheduler(**BETAS, solver_order=order, lower_order_final=False)
     found = ours(process_of(scheduler), "deis_logrho", LINSPACE, NOISE, order=order)
     assert_close(found, theirs(scheduler, 9, NOISE))
@@ -193,7 +202,11 @@ def test_dpm_multistep(algorithm: str, order: int, solver_type: str, lowered: bo
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_dpm_multistep_to_zero(order: int, prediction: str) -> None:
     scheduler = diffusers.DPMSolverMultistepScheduler(
-        **BETAS, solver_order=order, final_sigmas_type="zero", timestep_spacing="linspace", prediction_type=prediction
+        **BETAS,
+        solver_order=order,
+        final_sigmas_type="zero",
+        timestep_spacing="linspace",
+        prediction_type=prediction,
     )
     process = process_of(scheduler)
     grid = torch.cat([LINSPACE[:-1], torch.tensor([-1.0]).double()])
@@ -218,45 +231,40 @@ def test_dpm_singlestep(algorithm: str, order: int, solver_type: str) -> None:
 
 
 def _singlestep_3(process: fs.VP, groups: list[int], x: Tensor, halved_stage: bool) -> Tensor:
-    """DPM-Solver++(3S) in so many words (Lu et al. 2022b, appendix; float64), stages at the points of LINSPACE.
+    """DPM-Solver++(3S) in so many words (Lu et al. 2022b, appendix), stages at the points of LINSPACE.
 
-    ``halved_stage`` puts ``(e^-h - 1) / 2`` for ``-((e^-h - 1) / h + 1)`` in the second stage.
+    ``halved_stage`` puts ``(1 - e^-h) / 2`` for ``(e^-h - 1) / h + 1`` in the second stage.
     """
+
+    def x0(x: Tensor, t: float) -> Tensor:
+        return (x - float(process.sigma(t)) * network(x, torch.tensor([t]))) / float(process.alpha(t))
+
+    def step(x: Tensor, s: float, t: float, m: Tensor) -> Tensor:
+        alpha, ratio = float(process.alpha(t)), float(process.sigma(t) / process.sigma(s))
+        return ratio * x - alpha * np.expm1(-lam(s, t)) * m
+
+    def lam(s: float, t: float) -> float:
+        return float(process.lam(t) - process.lam(s))
+
+    def phi(h: float, halved: bool) -> float:
+        return -np.expm1(-h) / 2 if halved else np.expm1(-h) / h + 1
+
     first = 0
     for size in groups:
-        times = LINSPACE[first : first + size + 1].tolist()
+        s, *inner, t = LINSPACE[first : first + size + 1].tolist()
         first += size
-        lam = [float(process.lam(t)) for t in times]
-
-        def step(x: Tensor, to: int, m: Tensor, slope: Tensor, weight: float) -> Tensor:
-            alpha, sigma = float(process.alpha(times[to])), float(process.sigma(times[to]))
-            h = lam[to] - lam[0]
-            base = sigma / float(process.sigma(times[0])) * x - alpha * np.expm1(-h) * m
-            return base + alpha * weight * slope
-
-        def x0(x: Tensor, i: int) -> Tensor:
-            t = torch.tensor([times[i]])
-            return (x - float(process.sigma(times[i])) * network(x, t)) / float(process.alpha(times[i]))
-
-        h = [l - lam[0] for l in lam]
-        m = [x0(x, 0)]
-        if size > 1:
-            m.append(x0(step(x, 1, m[0], 0 * m[0], 0.0), 1))
-        if size > 2:
-            exact = np.expm1(-h[2]) / h[2] + 1
-            slope = (m[1] - m[0]) * h[2] / h[1]
-            m.append(x0(step(x, 2, m[0], slope, -np.expm1(-h[2]) / 2 if halved_stage else exact), 2))
-        if size == 1:
-            x = step(x, 1, m[0], 0 * m[0], 0.0)
-        elif size == 2:
-            x = step(x, 2, m[0], (m[1] - m[0]) * h[2] / h[1], -np.expm1(-h[2]) / 2)
-        else:
-            x = step(x, 3, m[0], (m[2] - m[0]) * h[3] / h[2], np.expm1(-h[3]) / h[3] + 1)
+        m, slope, h = x0(x, s), torch.zeros_like(x), lam(s, t)
+        for i, u in enumerate(inner):
+            stage = step(x, s, u, m)
+            if i:
+                stage = stage + float(process.alpha(u)) * phi(lam(s, u), halved_stage) * slope * lam(s, u)
+            slope = (x0(stage, u) - m) / lam(s, u)
+        x = step(x, s, t, m) + float(process.alpha(t)) * phi(h, size == 2) * slope * h
     return x
 
 
 def test_dpm_singlestep_order_3_midpoint() -> None:
-    """diffusers approximates the second stage of order 3 by its midpoint rule; the official code, and ours, do not."""
+    """diffusers takes the second stage of order 3 by a midpoint rule; the official code, and ours, do not."""
     scheduler = diffusers.DPMSolverSinglestepScheduler(
         **BETAS, solver_order=3, lower_order_final=True, final_sigmas_type="sigma_min"
     )
@@ -282,7 +290,7 @@ def test_dpm_singlestep_to_zero(order: int, solver_type: str, steps: int) -> Non
 
 
 def test_dpm_2() -> None:
-    """The stages lie between integers, where diffusers' time is another function of sigma: each has its own."""
+    """Its stages lie between integers, where diffusers' time is another function of sigma."""
     scheduler = diffusers.KDPM2DiscreteScheduler(**BETAS, timestep_spacing="linspace")
     process = process_of(scheduler)
     reference = theirs(scheduler, 10, ve_state(process, NOISE, 999))
@@ -333,7 +341,7 @@ def test_unipc_in_float64(variant: str, order: int, predict_x0: bool, lowered: b
 
 
 def test_unipc_bh1_to_zero_noise() -> None:
-    """diffusers' bh1 multiplies an infinite B(h) by nothing on the step to zero noise: NaN. Ours has the limit."""
+    """diffusers' bh1 multiplies an infinite B(h) by zero on the step to zero noise: NaN. Ours is finite."""
     scheduler = diffusers.UniPCMultistepScheduler(**BETAS, solver_type="bh1", final_sigmas_type="zero")
     scheduler.set_timesteps(9)
     x, before = NOISE, NOISE
@@ -354,7 +362,9 @@ def test_unipc_bh1_to_zero_noise() -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_heun(prediction: str) -> None:
-    scheduler = diffusers.HeunDiscreteScheduler(**BETAS, timestep_spacing="linspace", prediction_type=prediction)
+    scheduler = diffusers.HeunDiscreteScheduler(
+        **BETAS, timestep_spacing="linspace", prediction_type=prediction
+    )
     process = process_of(scheduler)
     found = ours(process, "heun", TO_ZERO, NOISE, prediction)
     assert_close(found, theirs(scheduler, 10, ve_state(process, NOISE, 999)))
@@ -391,12 +401,16 @@ def test_flow_match(solver: str, cls: str, shift: float) -> None:
 )
 def test_flow_sigmas(cls: str, options: dict[str, Any], solver: str, mine: dict[str, Any]) -> None:
     scheduler = getattr(diffusers, cls)(
-        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0, final_sigmas_type="zero", **options
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+        flow_shift=2.0,
+        final_sigmas_type="zero",
+        **options,
     )
     scheduler.set_timesteps(9)
     grid = scheduler.sigmas.double()
     x = NOISE
-    for i, t in enumerate(scheduler.timesteps):  # the network is told sigma itself: timesteps are truncated to integers
+    for i, t in enumerate(scheduler.timesteps):  # truncated to integers; the network is told sigma itself
         x = scheduler.step(_flow_net(x, grid[i]), t, x).prev_sample
     assert_close(ours(fs.Flow(), solver, grid, NOISE, "flow", _flow_net, **mine), x)
 
@@ -404,7 +418,7 @@ def test_flow_sigmas(cls: str, options: dict[str, Any], solver: str, mine: dict[
 # -- EDM -----------------------------------------------------------------------------------------------------
 
 
-def _edm_denoiser(scheduler: Any) -> Callable[[Tensor, Tensor], Tensor]:
+def _edm_denoiser() -> Callable[[Tensor, Tensor], Tensor]:
     """EDM's preconditioned denoiser around the same network, as the schedulers apply it."""
 
     def net(x: Tensor, t: Tensor) -> Tensor:
@@ -433,11 +447,34 @@ def test_edm(cls: str, options: dict[str, Any], solver: str) -> None:
         x = scheduler.step(network(scheduler.scale_model_input(x, t), t * 1000), t, x).prev_sample
     settings = {k: v for k, v in options.items() if k == "solver_type"}
     process = fs.EDM(sigma_min=0.02, sigma_max=10.0)
-    found = ours(process, solver, scheduler.sigmas.double(), NOISE * 10, "x0", _edm_denoiser(scheduler), **settings)
+    found = ours(process, solver, scheduler.sigmas.double(), NOISE * 10, "x0", _edm_denoiser(), **settings)
     assert_close(found, x)
 
 
-# -- where diffusers differs ----------------------------------------------------------------------------------
+# -- inversion -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["dpmsolver", "dpmsolver++"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_dpm_inverse(algorithm: str, order: int) -> None:
+    scheduler = diffusers.DPMSolverMultistepInverseScheduler(
+        **BETAS, algorithm_type=algorithm, solver_order=order, timestep_spacing="linspace"
+    )
+    found = ours(process_of(scheduler), f"{_FAMILY[algorithm]}_{order}m", LINSPACE.flip(0), NOISE)
+    assert_close(found, theirs(scheduler, 9, NOISE))
+
+
+def test_ddim_inverse() -> None:
+    """diffusers tells the network the time a step leads to, not the state's; told the same, ours agrees."""
+    scheduler = diffusers.DDIMInverseScheduler(**BETAS, set_alpha_to_one=True, clip_sample=False)
+    reference = theirs(scheduler, 10, NOISE)
+    targets = iter(scheduler.timesteps)
+    grid = torch.cat([torch.tensor([-1.0]).double(), scheduler.timesteps.double()])
+    found = ours(process_of(scheduler), "ddim", grid, NOISE, net=lambda x, t: network(x, next(targets)))
+    assert_close(found, reference)
+
+
+# -- where diffusers differs ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [9, 27])
@@ -449,7 +486,7 @@ def test_lower_order_final_without_a_setting(steps: int) -> None:
 
 
 def test_third_order_by_its_difference_to_the_exact_form() -> None:
-    """diffusers' order 3 is the published form: it is far from the exact one, whose second difference is whole."""
+    """diffusers' order 3 is the published form, far from the exact one."""
     scheduler = diffusers.DPMSolverMultistepScheduler(**BETAS, solver_order=3, final_sigmas_type="sigma_min")
     reference = theirs(scheduler, 27, NOISE)
     grid = torch.linspace(999, 0, 28).double()
