@@ -222,22 +222,27 @@ def logistic(
     center: float = 0.7,
     first_step: float = 1.0,
     last_step: float = 1.0,
+    floor: float = 0.01,
 ) -> Tensor:
     """Uniform in ``r^p / (r^p + c^p)`` with ``r = sigma / alpha``: a logistic function of the log-SNR.
 
     Densest around the noise level ``center``, where images form; finite at both ends of every process. The
-    first and the last interval are ``first_step`` and ``last_step`` times as long as the others.
+    first and the last interval are ``first_step`` and ``last_step`` times as long as the others. An end with
+    less noise than ``floor`` is spaced as if it had that: nothing is to be seen below it.
     """
     for name, value in (
         ("power", power),
         ("center", center),
         ("first_step", first_step),
         ("last_step", last_step),
+        ("floor", floor),
     ):
         if not value > 0:
             raise ValueError(f"{name}={value!r} must be positive")
     ends = torch.tensor([start, process.t_zero if end == "zero" else process.t_end], dtype=torch.float64)
-    z = torch.sigmoid(-power * (process.lam(ends) + math.log(center))).tolist()
+    spaced = process.lam(ends)
+    spaced[1] = min(float(spaced[1]), max(-math.log(floor), float(spaced[0]) + 1.0))
+    z = torch.sigmoid(-power * (spaced + math.log(center))).tolist()
     position = (first_step + torch.arange(steps - 1, dtype=torch.float64)) / (
         steps - 2 + first_step + last_step
     )
@@ -324,7 +329,9 @@ AYS_SIGMAS = {
 }
 
 
-def _ays(process: Process, steps: int, start: float, end: str, model: str) -> Tensor:
+@register("ays")
+def ays(process: Process, steps: int, start: float, end: str, model: str = "sd15") -> Tensor:
+    """Align Your Steps (Sabour et al. 2024): the published levels of ``model`` ("sd15", "sdxl", "svd")."""
     if model not in AYS_SIGMAS:
         raise unknown("model", model, AYS_SIGMAS)
     levels = np.log(np.asarray(AYS_SIGMAS[model])[::-1])
@@ -339,12 +346,6 @@ def _ays(process: Process, steps: int, start: float, end: str, model: str) -> Te
         return t
 
     return _with_zero(process, steps, end, _single(points, start))
-
-
-@register("ays")
-def ays(process: Process, steps: int, start: float, end: str, model: str = "sd15") -> Tensor:
-    """Align Your Steps (Sabour et al. 2024): the published levels of ``model`` ("sd15", "sdxl", "svd")."""
-    return _ays(process, steps, start, end, model)
 
 
 # -- fitted to a model ---------------------------------------------------------------------------------------

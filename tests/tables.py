@@ -1,4 +1,4 @@
-"""Random plans, and an interpreter of plans that shares no code with the executor."""
+"""Every noise process, random plans, and an interpreter of plans that shares no code with the executor."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ from fastsample.noise import normal
 from fastsample.plan import Row
 
 Net = Callable[[Tensor, Tensor], Tensor]
+
+PROCESSES: dict[str, Callable[[], fs.Process]] = {
+    "linear": fs.VP.linear,
+    "scaled_linear": fs.VP.scaled_linear,
+    "cosine": fs.VP.cosine,
+    "zero_snr": lambda: fs.VP.scaled_linear().rescaled_zero_snr(),
+    "ve": fs.VE,
+    "edm": fs.EDM,
+    "flow": fs.Flow,
+    "flow_shift": lambda: fs.Flow(shift=3.0),
+    "trigflow": fs.TrigFlow,
+}
 
 
 def net(x: Tensor, t: Tensor) -> Tensor:

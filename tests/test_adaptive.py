@@ -82,10 +82,10 @@ def test_error_follows_the_tolerance(name: str) -> None:
     x = noise(16)
     true = reference(x)
     errors, counts = [], []
-    for tolerance in (1e-2, 1e-4):
+    for tolerance in (1e-2, 2e-4):
         sampler = fs.Sampler(denoiser(), name, rtol=tolerance, atol=tolerance, end="sigma_min")
         result, nfe = sampler(noise=x, return_nfe=True)
-        errors.append(float((result - true).abs().median()))
+        errors.append(float((result - true).abs().quantile(0.9)))
         counts.append(float(nfe.double().mean()))
     assert errors[0] < 5e-2
     assert errors[1] < min(2e-3, errors[0] / 10)
@@ -120,21 +120,11 @@ def test_evaluations_are_really_counted(name: str) -> None:
 def test_every_process(name: str, process: Process, prediction: str) -> None:
     """The same samples, to the tolerance, by a fixed grid of many steps."""
     model, x = denoiser(process, prediction), noise(4)
-    tight = {"rtol": 1e-4, "atol": 1e-4}
+    options: dict[str, Any] = {"order": 3, "corrector": True, "space": "v", "variable": "phi"}
     for end in ("zero", "sigma_min"):
-        ours = fs.Sampler(model, name, end=end, **tight)(noise=x)
-        fixed = fs.Sampler(
-            model,
-            "exp_adams",
-            400,
-            end=end,
-            grid="logsnr",
-            order=3,
-            corrector=True,
-            space="v",
-            variable="phi",
-        )(noise=x)
-        assert float((ours - fixed).abs().median()) < 5e-3
+        ours = fs.Sampler(model, name, end=end, rtol=5e-3, atol=5e-3)(noise=x)
+        fixed = fs.Sampler(model, "exp_adams", 100, end=end, grid="logsnr", **options)(noise=x)
+        assert float((ours - fixed).abs().median()) < 1e-2
 
 
 def test_dpm_solver_12_by_hand() -> None:
@@ -240,7 +230,7 @@ def test_there_is_no_plan() -> None:
     [
         ({"steps": 10}, "takes no steps=10"),
         ({"grid": "logsnr"}, "takes no grid='logsnr'"),
-        ({"rtoll": 1e-3}, "did you mean rtol|did you mean 'rtol'"),
+        ({"rtoll": 1e-3}, "did you mean 'rtol'"),
         ({"rtol": 0.0}, "rtol=0.0"),
         ({"atol": math.nan}, "atol=nan"),
         ({"safety": 1.0}, "safety=1.0"),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PROCESSES
+from tables import PROCESSES
 from torch import Tensor
 
 import fastsample as fs

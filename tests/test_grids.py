@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import PROCESSES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import PROCESSES
 
 import fastsample as fs
 from fastsample import grids

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import PROCESSES
 from hypothesis import given
 from hypothesis import strategies as st
+from tables import PROCESSES
 
 import fastsample as fs
 

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import PROCESSES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables import interpret, net, random_plan
+from tables import PROCESSES, interpret, net, random_plan
 from torch import Tensor
 
 import fastsample as fs

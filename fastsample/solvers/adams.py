@@ -21,7 +21,7 @@ from .first_order import step
 from .registry import Claim, register
 
 
-@register("lms", Claim(order=4, moments="exact", space="eps", variable="rho"))
+@register("lms", Claim(order=4, moments="exact", space="eps", variable="rho"), grid="karras")
 def lms(b: Builder, grid: Tensor, order: int = 4, corrector: bool = False) -> None:
     """Linear multistep in ``rho`` (k-diffusion's ``sample_lms``), with exact integrals.
 
@@ -33,7 +33,7 @@ def lms(b: Builder, grid: Tensor, order: int = 4, corrector: bool = False) -> No
     exp_adams(b, grid, order, "eps", "rho", corrector)
 
 
-@register("ipndm_v", Claim(order=4, moments="exact", space="eps", variable="rho"))
+@register("ipndm_v", Claim(order=4, moments="exact", space="eps", variable="rho"), grid="karras")
 def ipndm_v(b: Builder, grid: Tensor, order: int = 4) -> None:
     """iPNDM with Adams-Bashforth weights for variable steps (Zhang & Chen 2023; diff-sampler's ``ipndm_v``).
 
@@ -44,10 +44,22 @@ def ipndm_v(b: Builder, grid: Tensor, order: int = 4) -> None:
     lms(b, grid, order)
 
 
-@register("deis", Claim(order=4, moments="exact", space="eps", variable="t"))
-@register("deis_tab", Claim(order=4, moments="exact", space="eps", variable="t"), variable="t")
-@register("deis_rhoab", Claim(order=4, moments="exact", space="eps", variable="rho"), variable="rho")
-@register("deis_logrho", Claim(order=4, moments="exact", space="eps", variable="lam"), variable="lam")
+@register("deis", Claim(order=4, moments="exact", space="eps", variable="t"), grid="quadratic")
+@register(
+    "deis_tab", Claim(order=4, moments="exact", space="eps", variable="t"), grid="quadratic", variable="t"
+)
+@register(
+    "deis_rhoab",
+    Claim(order=4, moments="exact", space="eps", variable="rho"),
+    grid="quadratic",
+    variable="rho",
+)
+@register(
+    "deis_logrho",
+    Claim(order=4, moments="exact", space="eps", variable="lam"),
+    grid="quadratic",
+    variable="lam",
+)
 def deis(b: Builder, grid: Tensor, order: int = 4, variable: str = "t", corrector: bool = False) -> None:
     """DEIS (Zhang & Chen 2023, eq. 14, 15): a polynomial through the last predicted noises.
 
@@ -137,7 +149,7 @@ def plms(b: Builder, grid: Tensor) -> None:
     _pseudo(b, grid, 4, _pseudo_euler, 1)
 
 
-@register("ipndm", Claim(order=2, space="eps", variable="rho"))
+@register("ipndm", Claim(order=2, space="eps", variable="rho"), grid="quadratic")
 def ipndm(b: Builder, grid: Tensor, order: int = 4) -> None:
     """iPNDM (Zhang & Chen 2023, appendix): PNDM's weights started at order 1; ``steps`` evaluations.
 

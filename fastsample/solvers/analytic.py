@@ -132,9 +132,8 @@ def estimate(
     """
     process = denoiser.process
     if isinstance(times, int):
-        grid = make(process.grid, process, times, end="sigma_min")
-    else:
-        grid = as_time(times).flatten()
+        times = make(process.grid, process, times, end="sigma_min")
+    grid = as_time(times).flatten()
     levels = process.lam(grid)
     if bool((levels.diff() <= 0).any()) or not bool((levels < math.inf).all()):
         raise ValueError(f"times={grid.tolist()!r} must go strictly towards less noise, and stop before none")

@@ -118,6 +118,15 @@ def options(name: str) -> list[str]:
     return [o for o in grids.options_of(solver.function, 2) if o not in solver.preset]
 
 
+def default_grid(solver: Solver, process: Process) -> str:
+    """The grid used when none is named: the solver's published one, in processes whose time is bounded.
+
+    Where time is sigma itself, grids that are even in time waste their points on noise: there it is the
+    process's own.
+    """
+    return solver.grid if solver.grid is not None and process.grid == "uniform" else process.grid
+
+
 def build(
     name: str,
     process: Process,
@@ -145,7 +154,7 @@ def build(
         ValueError: an unknown name or option, or numbers that cannot be used; the message names them.
     """
     solver = get(name)
-    chosen = (solver.grid or process.grid) if grid is None else grid
+    chosen = default_grid(solver, process) if grid is None else grid
     own = options(name)
     of_grid: list[str] = []
     if isinstance(chosen, str) or callable(chosen):

@@ -17,7 +17,7 @@ from .registry import Claim, register
 _SPACES = ("eps", "v", "flow")
 
 
-@register("heun", Claim(order=2, moments="exact", space="eps", variable="rho"))
+@register("heun", Claim(order=2, moments="exact", space="eps", variable="rho"), grid="karras")
 def heun(
     b: Builder,
     grid: Tensor,
@@ -61,7 +61,7 @@ def heun(
         x = b.state(_step(b, space, x, s, t, 0.5 * (m + b.predict(euler, space))), t)
 
 
-@register("dpm_2", Claim(order=2, moments="asymptotic", space="eps", variable="rho"))
+@register("dpm_2", Claim(order=2, moments="asymptotic", space="eps", variable="rho"), grid="karras")
 def dpm_2(
     b: Builder,
     grid: Tensor,

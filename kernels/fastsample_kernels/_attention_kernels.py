@@ -137,10 +137,9 @@ def _logits(
 def _softmax_step(m, z, MAY_BE_EMPTY: tl.constexpr):
     """Online softmax: new maximum m', p = exp2(z - m') and the factor exp2(m - m') of what was summed so far."""
     m_new = tl.maximum(m, tl.max(z, 1))
+    m_ref = m_new
     if MAY_BE_EMPTY:  # -inf - (-inf) is NaN
         m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
-    else:
-        m_ref = m_new
     return m_new, tl.exp2(z - m_ref[:, None]), tl.exp2(m - m_ref)
 
 

@@ -382,7 +382,8 @@ def backward_combine(
 def backward_apply(
     x, x_n, x_c, x_s, residual, residual_n, residual_c, residual_s, gy, gy_n, gy_c, gy_s,
     moments, moments_n, means,
-    weight, weight_n, bias, bias_n, scale, scale_n, shift, shift_n, gx, gx_n, gx_c, gx_s, C, S, G, width, tiles,
+    weight, weight_n, bias, bias_n, scale, scale_n, shift, shift_n, gx, gx_n, gx_c, gx_s,
+    C, S, G, width, tiles,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,

@@ -23,11 +23,12 @@ def words(seed, block, stream, sample):
 
 @triton.jit
 def _cos_sin(angle):
-    """Of angles in [0, 2 pi], to an ulp or two (Cody & Waite's reduction, Cephes' polynomials): the library's functions
-    carry a path for huge angles that takes memory.
+    """Of angles in [0, 2 pi], to an ulp or two: Cody & Waite's reduction and Cephes' polynomials. The functions
+    of the CUDA library carry a path for huge angles that takes stack memory.
     """
     k = tl.floor(angle * 0.6366197723675814 + 0.5)
-    r = ((angle - k * 1.5703125) - k * 4.837512969970703125e-4) - k * 7.549789954891882e-8  # pi / 2 in three parts
+    # pi / 2 in three parts, the first two exact in products with k <= 4
+    r = ((angle - k * 1.5703125) - k * 4.837512969970703125e-4) - k * 7.549789954891882e-8
     z = r * r
     sin = r + r * z * ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1)
     cos = 1 - 0.5 * z + z * z * ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2)

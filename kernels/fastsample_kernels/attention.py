@@ -100,50 +100,96 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 
 
 _T = Tiles
-# (largest padded head dim, tiles), by pass, for 2-byte types. Chosen without a GPU: compiled ahead of time for sm_80,
-# sm_90 and sm_100, the largest that spill no registers. Compute capability 8.x and 12.x: warp-level tensor-core
-# instructions and the 99 KiB of shared memory that all of them have; 9.x and 10.x: 227 KiB.
-_TILES_MMA: dict[Pass, tuple[tuple[int, Tiles], ...]] = {
-    "forward": ((128, _T(128, 64, 8, 2)), (160, _T(128, 32, 8, 2)), (256, _T(64, 32, 8, 2))),
-    "tangent": ((64, _T(64, 32, 4, 2)), (128, _T(64, 32, 8, 2)), (160, _T(64, 16, 4, 2)), (256, _T(64, 16, 8, 1))),
+_Table = dict[Pass, tuple[tuple[int, Tiles], ...]]  # (largest padded head dim, tiles)
+
+# Chosen without a GPU: compiled ahead of time for sm_80, sm_90 and sm_100, the largest that spill no registers.
+# Compute capability 8.x and 12.x: warp-wide tensor-core instructions, and the 99 KiB of shared memory all have.
+_TILES_MMA: _Table = {
+    "forward": ((96, _T(128, 64, 8, 2)), (160, _T(128, 32, 8, 2)), (256, _T(64, 32, 8, 2))),
+    "tangent": ((64, _T(64, 32, 4, 2)), (128, _T(64, 32, 8, 2)), (256, _T(64, 16, 4, 2))),
     "dq": ((64, _T(64, 64, 4, 2)), (128, _T(64, 64, 8, 2)), (160, _T(64, 32, 8, 2)), (256, _T(64, 16, 8, 2))),
-    "dkdv": ((64, _T(64, 128, 8, 2)), (80, _T(32, 64, 4, 2)), (96, _T(32, 64, 8, 2)), (128, _T(64, 64, 8, 2)), (256, _T(16, 64, 8, 2))),
-}  # fmt: skip
-_TILES_WGMMA: dict[Pass, tuple[tuple[int, Tiles], ...]] = {
-    "forward": ((96, _T(128, 128, 8, 3)), (128, _T(128, 64, 8, 3)), (160, _T(128, 64, 8, 2)), (256, _T(128, 32, 8, 2))),
+    "dkdv": (
+        (64, _T(64, 128, 8, 2)),
+        (80, _T(32, 64, 4, 2)),
+        (96, _T(32, 64, 8, 2)),
+        (128, _T(64, 64, 8, 2)),
+        (256, _T(16, 64, 8, 2)),
+    ),
+}
+# 9.x: tensor-core instructions of four warps, 227 KiB (10.x has as much).
+_TILES_WGMMA: _Table = {
+    "forward": (
+        (96, _T(128, 128, 8, 3)),
+        (128, _T(128, 64, 8, 3)),
+        (160, _T(128, 64, 8, 2)),
+        (256, _T(128, 32, 8, 2)),
+    ),
     "tangent": ((96, _T(128, 64, 8, 2)), (160, _T(128, 32, 8, 2)), (256, _T(64, 16, 8, 2))),
     "dq": ((96, _T(64, 128, 8, 2)), (160, _T(64, 64, 8, 2)), (256, _T(64, 32, 4, 2))),
     "dkdv": ((80, _T(64, 128, 8, 2)), (128, _T(64, 64, 8, 2)), (256, _T(32, 64, 8, 2))),
-}  # fmt: skip
-# For float32 with TF32 products, on every GPU.
-_TILES_TF32: dict[Pass, tuple[tuple[int, Tiles], ...]] = {
+}
+# 10.x: accumulators in tensor memory, through which masks and biases must pass.
+_TILES_TCGEN05: _Table = {
+    **_TILES_WGMMA,
+    "forward": (
+        (64, _T(128, 128, 8, 3)),
+        (128, _T(128, 64, 8, 3)),
+        (160, _T(128, 64, 8, 2)),
+        (256, _T(128, 32, 8, 2)),
+    ),
+}
+# Any of them, with a bias for each query (on 10.x with any bias): its tile takes registers too.
+_TILES_BIASED: _Table = {
+    "forward": ((96, _T(64, 32, 4, 2)), (256, _T(64, 16, 8, 2))),
+    "tangent": ((256, _T(64, 16, 4, 2)),),
+    "dq": ((128, _T(64, 32, 8, 2)), (256, _T(64, 16, 8, 2))),
+    "dkdv": ((96, _T(32, 64, 8, 2)), (256, _T(16, 64, 8, 2))),
+}
+# Any of them, float32 with TF32 products.
+_TILES_TF32: _Table = {
     "forward": ((128, _T(64, 32, 4, 2)), (256, _T(32, 16, 4, 2))),
     "tangent": ((64, _T(32, 32, 4, 1)), (128, _T(32, 16, 4, 1)), (256, _T(16, 16, 4, 1))),
     "dq": ((64, _T(32, 32, 4, 2)), (128, _T(32, 16, 4, 2)), (256, _T(16, 16, 4, 1))),
-    "dkdv": ((64, _T(32, 32, 8, 1)), (128, _T(32, 32, 8, 1)), (256, _T(16, 16, 4, 1))),
+    "dkdv": ((128, _T(32, 32, 8, 1)), (256, _T(16, 16, 4, 1))),
 }
+_ONE_TILE = _T(64, 128, 8, 1)
 
 
 def tiles(
-    which: Pass, head_dim: int, key_length: int, element_size: int, capability: tuple[int, int]
+    which: Pass,
+    head_dim: int,
+    key_length: int,
+    *,
+    element_size: int,
+    capability: tuple[int, int],
+    bias: Literal["none", "per_key", "per_query"] = "none",
 ) -> Tiles:
-    """Tiles of one pass.
+    """Tiles of one pass; a pure function, so nothing is tuned at run time.
 
     Args:
         which: "forward", "tangent", "dq" or "dkdv".
-        head_dim: D.
-        key_length: Lk; up to 128 keys make a single tile where the table's query tiles leave room for it.
+        head_dim: D, at most 256.
+        key_length: Lk. In the forward pass up to 128 keys (the 77 of CLIP) make one tile where that fits.
         element_size: bytes of an element of q, k and v.
         capability: compute capability of the GPU.
+        bias: whether there is one, and whether it is the same for every query.
     """
-    table = _TILES_TF32 if element_size > 2 else _TILES_WGMMA if capability[0] in (9, 10) else _TILES_MMA
+    table = {9: _TILES_WGMMA, 10: _TILES_TCGEN05}.get(capability[0], _TILES_MMA)
+    plain = bias == "none" or (bias == "per_key" and capability[0] != 10)
+    if element_size > 2:
+        table = _TILES_TF32
+    elif not plain:
+        table = _TILES_BIASED
     width = sum(split_head_dim(head_dim))
     chosen = next(t for largest, t in table[which] if width <= largest)
-    if which == "dkdv" or element_size > 2:
+    if which == "dkdv":
         return chosen
-    if key_length <= chosen.block_n:  # no larger than it needs to be
+    if key_length <= chosen.block_n:
         return replace(chosen, block_n=max(16, _power_of_two(key_length)), num_stages=1)
-    return Tiles(64, 128, 8, 1) if key_length <= 128 else chosen
+    room = 80 if table is _TILES_MMA else 160
+    if which == "forward" and element_size == 2 and plain and key_length <= 128 and width <= room:
+        return _ONE_TILE
+    return chosen
 
 
 # --- operators ------------------------------------------------------------------------------------------------
@@ -166,8 +212,15 @@ def _tf32_allowed() -> bool:
         return matmul.allow_tf32
 
 
-def _tiles(which: Pass, q: Tensor, k: Tensor) -> Tiles:
-    return tiles(which, q.shape[3], k.shape[2], q.element_size(), _capability(q.device))
+def _tiles(which: Pass, q: Tensor, k: Tensor, bias: Tensor | None) -> Tiles:
+    return tiles(
+        which,
+        q.shape[3],
+        k.shape[2],
+        element_size=q.element_size(),
+        capability=_capability(q.device),
+        bias="none" if bias is None else "per_query" if bias.dim() > 1 and bias.shape[-2] > 1 else "per_key",
+    )
 
 
 def _precision(q: Tensor) -> str:
@@ -175,12 +228,9 @@ def _precision(q: Tensor) -> str:
     return "tf32" if q.dtype == torch.float32 else "ieee"
 
 
-def _empty(batch: int, heads: int, length: int, like: Tensor) -> Tensor:
-    return runtime.empty((batch, length, heads, like.shape[3]), like.dtype, like.device).transpose(1, 2)
-
-
 def _empty_like(x: Tensor) -> Tensor:
-    return _empty(*x.shape[:3], x)
+    batch, heads, length, dim = x.shape
+    return runtime.empty((batch, length, heads, dim), x.dtype, x.device).transpose(1, 2)
 
 
 def _empty_rows(q: Tensor) -> Tensor:
@@ -203,7 +253,7 @@ def _forward(
     o, lse = _empty_like(q), _empty_rows(q)
     with runtime.on_device(q):
         forward_launch(
-            q, k, v, bias, is_causal, scale, o, lse, _precision(q), _tiles("forward", q, k)
+            q, k, v, bias, is_causal, scale, o, lse, _precision(q), _tiles("forward", q, k, bias)
         )()
     return o, lse
 
@@ -228,7 +278,20 @@ def _tangent(
     to = _empty_like(q)
     with runtime.on_device(q):
         tangent_launch(
-            q, k, v, bias, tq, tk, tv, is_causal, scale, o, lse.contiguous(), to, _precision(q), _tiles("tangent", q, k)
+            q,
+            k,
+            v,
+            bias,
+            tq,
+            tk,
+            tv,
+            is_causal,
+            scale,
+            o,
+            lse.contiguous(),
+            to,
+            _precision(q),
+            _tiles("tangent", q, k, bias),
         )()
     return (to,)
 
@@ -264,10 +327,23 @@ def _backward(
     precision = _precision(q)
     with runtime.on_device(q):
         dq_launch(
-            q, k, v, bias, is_causal, scale, o, lse, do, delta, dq, precision, _tiles("dq", q, k)
+            q, k, v, bias, is_causal, scale, o, lse, do, delta, dq, precision, _tiles("dq", q, k, bias)
         )()
         dkdv_launch(
-            q, k, v, bias, is_causal, scale, lse, do, delta, dk, dv, dlogits, precision, _tiles("dkdv", q, k)
+            q,
+            k,
+            v,
+            bias,
+            is_causal,
+            scale,
+            lse,
+            do,
+            delta,
+            dk,
+            dv,
+            dlogits,
+            precision,
+            _tiles("dkdv", q, k, bias),
         )()
     if dlogits is None or bias is None:
         return dq, dk, dv, q.new_empty(0)
@@ -349,7 +425,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias has dtype {bias.dtype}; use a floating-point bias or a Boolean mask")
 
 
-def supported(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> str | None:
+def supported(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
+) -> str | None:
     """Why the kernels cannot take these arguments of :func:`attention`; None when they can."""
     reason = runtime.why_not(q, k, v, None if bias is None or bias.dtype == torch.bool else bias)
     if reason is not None:
@@ -436,5 +514,5 @@ def _explain(
         return f"attention: plain torch, because {reason}"
     first, second = split_head_dim(q.shape[3])
     passes: tuple[Pass, ...] = ("forward", "tangent", "dq", "dkdv")
-    chosen = ", ".join(f"{which} {_tiles(which, q, k)}" for which in passes)
+    chosen = ", ".join(f"{which} {_tiles(which, q, k, bias)}" for which in passes)
     return f"attention: Triton, head dim {q.shape[3]} as {first} + {second}, {chosen}"

@@ -10,8 +10,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from fastsample.plan import Plan
+from fastsample.prediction import coefficients
+from fastsample.prediction import names as predictions
 
 
 @dataclass(frozen=True)
@@ -83,3 +86,15 @@ def weak_error(plan: Plan, data: Gaussian) -> tuple[float, float]:
     mean, deviation = moments(states(plan, data)[-1])
     true = data.marginal(*ends_of(plan)[1])
     return abs(mean - true[0]), abs(deviation - true[1])
+
+
+def check_for_every_prediction(plan: Plan) -> None:
+    """The same table for other prediction types differs in ``p`` and ``q`` alone: all of them are finite.
+
+    A plan checks its own numbers when it is made. At zero signal eps and score are refused (tested apart).
+    """
+    for row, v in zip(plan.rows, plan.values, strict=True):
+        for prediction in predictions() if row.evaluates else ():
+            if v.alpha > 0 or prediction not in ("eps", "score"):
+                at = (torch.tensor(c, dtype=torch.float64) for c in (v.alpha, v.sigma))
+                assert all(torch.isfinite(c) for c in coefficients(prediction, *at, str(row.space)))

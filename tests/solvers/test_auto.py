@@ -136,7 +136,7 @@ def test_it_is_the_default_and_can_be_overridden() -> None:
     assert fs.Sampler(denoiser, steps=5).plan == fs.Sampler(denoiser, "auto", 5).plan
     assert fs.Sampler(denoiser, steps=5, order=2).plan != fs.Sampler(denoiser, steps=5).plan
     assert fs.Sampler(denoiser, grid=[999.0, 500.0, 100.0, 0.0]).plan.nfe == 3
-    with pytest.raises(ValueError, match="ordr.*order"):
+    with pytest.raises(ValueError, match=r"ordr.*order"):
         fs.Sampler(denoiser, steps=5, ordr=2)
     with pytest.raises(ValueError, match="steps=0"):
         fs.Sampler(denoiser, steps=0)

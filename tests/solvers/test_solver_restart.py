@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers_gaussian import Gaussian, moments, states
+from helpers_gaussian import Gaussian, check_for_every_prediction, moments, states
 from torch import Tensor
 
 import fastsample as fs
@@ -113,15 +113,11 @@ PROCESSES: list[Process] = [
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: f"{p!r:.34}")
 def test_finite_everywhere(process: Process) -> None:
-    for prediction, end, steps, order in itertools.product(
-        ("eps", "x0", "v", "flow", "score"), ("zero", "sigma_min"), (1, 2, 5, 50), (1, 2)
-    ):
-        if prediction in ("eps", "score") and not bool(process.alpha(process.t_start) > 0):
-            continue
-        plan = solvers.build("restart", process, steps, prediction=prediction, end=end, order=order)
+    for end, steps, order in itertools.product(("zero", "sigma_min"), (1, 2, 5, 50), (1, 2)):
+        plan = solvers.build("restart", process, steps, prediction="v", end=end, order=order)
+        check_for_every_prediction(plan)
         assert plan.stochastic
-        if steps < 50:
-            assert Plan.from_json(plan.to_json()) == plan
+        assert Plan.from_json(plan.to_json()) == plan
 
 
 @pytest.mark.parametrize(
