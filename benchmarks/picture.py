@@ -25,15 +25,17 @@ DIGITS = 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, default=Path("runs/bench"))
     parser.add_argument("--out", type=Path, default=Path("docs/images/demo.png"))
     arguments = parser.parse_args()
-    cells = json.loads((arguments.run / "results.json").read_text(encoding="utf-8"))["cells"]
+    points = json.loads((arguments.run / "results.json").read_text(encoding="utf-8"))["points"]
 
     denoiser = fs.zoo.load("digits")
     figure, axes = plt.subplots(
-        len(SOLVERS), len(BUDGETS) + 1, figsize=(12, 3.2), width_ratios=[2.6] * len(BUDGETS) + [4.5], dpi=120
+        len(SOLVERS), len(BUDGETS) + 1, figsize=(12, 3.0), width_ratios=[2.6] * len(BUDGETS) + [4.5], dpi=120
     )
     for axis in axes[:, -1]:
         axis.remove()
@@ -50,14 +52,18 @@ def main() -> None:
                 axis.set_ylabel(solver, fontsize=9, color=SOLVERS[solver])
     curve = figure.add_subplot(axes[0, -1].get_gridspec()[:, -1])
     for solver, color in SOLVERS.items():
-        points = sorted((c["nfe"], c["rmse"]) for c in cells if c["solver"] == solver and c.get("rmse") is not None)
-        curve.loglog(*zip(*points, strict=True), "o-", color=color, label=solver, markersize=4)
+        line = sorted(
+            (c["nfe"], c["rmse"]) for c in points if c["label"] == solver and c.get("rmse") is not None
+        )
+        curve.loglog(*zip(*line, strict=True), "o-", color=color, label=solver, markersize=4)
     curve.set_xlabel("network evaluations", fontsize=9)
     curve.set_ylabel("RMSE to the model's own solution", fontsize=9)
+    curve.set_xticks([4, 6, 10, 20, 50], ["4", "6", "10", "20", "50"])
+    curve.minorticks_off()
     curve.tick_params(labelsize=8)
     curve.grid(alpha=0.3)
     curve.legend(fontsize=8, frameon=False)
-    figure.tight_layout()
+    figure.tight_layout(w_pad=0.4, h_pad=0.4)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out)
     print(arguments.out)

@@ -14,8 +14,6 @@ from fastsample.executor import Run, philox_noise
 from fastsample.noise import normal
 from fastsample.plan import Row
 
-Net = Callable[[Tensor, Tensor], Tensor]
-
 PROCESSES: dict[str, Callable[[], fs.Process]] = {
     "linear": fs.VP.linear,
     "scaled_linear": fs.VP.scaled_linear,

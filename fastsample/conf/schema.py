@@ -66,7 +66,7 @@ class BenchConfig:
         "Embedded model by name, or your own: model._target_=my.module.make_model model.ARGUMENT=VALUE.",
     )
     solvers: list[Any] = option(
-        ["auto", "ddim", "heun", "ipndm", "deis", "dpm_solver_2m", "dpmpp_2m", "dpmpp_3m", "unipc"],
+        ["auto", "ddim", "lms", "ipndm", "deis", "dpm_solver_2m", "dpmpp_2m", "dpmpp_3m", "unipc"],
         "Solvers by name, or with options: 'solvers=[auto,{name: ddim, eta: 1}]'.",
     )
     nfe: list[int] = option(

@@ -466,7 +466,9 @@ def attention_dq_kernel(
     lse = tl.load(LSE + rows, mask=i < Lq, other=float("inf"))
 
     middle, end = _key_range(tile, Lk, BLOCK_M, BLOCK_N, CAUSAL)
-    if not ONE_TILE:
+    if CAUSAL:  # masked throughout: a loop of its own for the tiles that need no mask costs registers
+        middle = 0
+    if not ONE_TILE and not CAUSAL:
         dq1, dq2 = _dq_loop(
             dq1, dq2, q1, q2, do1, do2, lse, delta, K, V, BIAS_bh, tile * BLOCK_M, 0, middle, Lq, Lk,
             stride_k, stride_v, stride_bi, stride_bj, scale,
@@ -659,19 +661,13 @@ def attention_dkdv_kernel(
         dv2 = tl.zeros([BLOCK_N, D2], ACC)
 
     lo = 0
-    if CAUSAL:  # queries before the first key see none of these; those on the diagonal need the mask
+    if CAUSAL:  # queries before the first key see none of these
         lo = tile * BLOCK_N // BLOCK_M * BLOCK_M
-        middle = tl.minimum(tl.cdiv((tile + 1) * BLOCK_N - 1, BLOCK_M) * BLOCK_M, Lq)
-        dk1, dk2, dv1, dv2, db = _dkdv_loop(
-            dk1, dk2, dv1, dv2, db, k1, k2, v1, v2, Q, DO, LSE, DELTA, BIAS_bh, DBIAS_bh, tile * BLOCK_N, lo, middle,
-            Lq, Lk, stride_q, stride_do, stride_bi, stride_bj, scale,
-            D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, BIAS_GRAD, EVEN_M, True, PRECISION, UPCAST,
-        )  # fmt: skip
-        lo = tl.maximum(lo, tl.cdiv((tile + 1) * BLOCK_N - 1, BLOCK_M) * BLOCK_M)
+    # With one loop, masked throughout when causal: a second one for the tiles that need no mask costs registers.
     dk1, dk2, dv1, dv2, db = _dkdv_loop(
         dk1, dk2, dv1, dv2, db, k1, k2, v1, v2, Q, DO, LSE, DELTA, BIAS_bh, DBIAS_bh, tile * BLOCK_N, lo, Lq,
         Lq, Lk, stride_q, stride_do, stride_bi, stride_bj, scale,
-        D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, BIAS_GRAD, EVEN_M, False, PRECISION, UPCAST,
+        D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, BIAS_GRAD, EVEN_M, CAUSAL, PRECISION, UPCAST,
     )  # fmt: skip
 
     _store(DK, stride_dk, left, dk1 * scale, BLOCK_N, 0, D1, D, VEC)
@@ -882,7 +878,9 @@ def attention_tangent_kernel(
             tq2 = _load(TQ_bh, stride_tq, left, BLOCK_M, D1, D2, D, VEC, False)
 
     middle, end = _key_range(tile, Lk, BLOCK_M, BLOCK_N, CAUSAL)
-    if not ONE_TILE:
+    if CAUSAL:  # masked throughout: a loop of its own for the tiles that need no mask costs registers
+        middle = 0
+    if not ONE_TILE and not CAUSAL:
         to1, to2, r = _tangent_loop(
             to1, to2, r, q1, q2, tq1, tq2, lse, K, V, TK_bh, TV_bh, BIAS_bh, tile * BLOCK_M, 0, middle,
             Lq, Lk, stride_k, stride_v, stride_tk, stride_tv, stride_bi, stride_bj, scale,

@@ -59,6 +59,8 @@ def _fallback(
     """PyTorch's attention, and the reference for tangents, which PyTorch's fast backends do not carry."""
     if runtime.unpack_duals([q, k, v, bias])[1] is not None:
         return reference(q, k, v, bias=bias, is_causal=is_causal, scale=scale)
+    if scale is not None and scale < 0:  # PyTorch's CPU kernel masks before it scales, and gives NaN
+        q, scale = -q, -scale
     if bias is not None and is_causal:  # PyTorch takes one of the two
         causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
         bias = bias & causal if bias.dtype == torch.bool else bias.masked_fill(~causal, -math.inf)
@@ -111,8 +113,7 @@ _TILES_MMA: _Table = {
     "dkdv": (
         (64, _T(64, 128, 8, 2)),
         (80, _T(32, 64, 4, 2)),
-        (96, _T(32, 64, 8, 2)),
-        (128, _T(64, 64, 8, 2)),
+        (128, _T(32, 64, 8, 2)),
         (256, _T(16, 64, 8, 2)),
     ),
 }
@@ -143,7 +144,7 @@ _TILES_BIASED: _Table = {
     "forward": ((96, _T(64, 32, 4, 2)), (256, _T(64, 16, 8, 2))),
     "tangent": ((256, _T(64, 16, 4, 2)),),
     "dq": ((128, _T(64, 32, 8, 2)), (256, _T(64, 16, 8, 2))),
-    "dkdv": ((96, _T(32, 64, 8, 2)), (256, _T(16, 64, 8, 2))),
+    "dkdv": ((64, _T(32, 64, 8, 2)), (96, _T(16, 64, 8, 2)), (256, _T(16, 64, 8, 1))),
 }
 # Any of them, float32 with TF32 products.
 _TILES_TF32: _Table = {
@@ -425,9 +426,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias has dtype {bias.dtype}; use a floating-point bias or a Boolean mask")
 
 
-def supported(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
-) -> str | None:
+def supported(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> str | None:
     """Why the kernels cannot take these arguments of :func:`attention`; None when they can."""
     reason = runtime.why_not(q, k, v, None if bias is None or bias.dtype == torch.bool else bias)
     if reason is not None:
@@ -436,8 +435,6 @@ def supported(
         return f"head dim {q.shape[3]} is above {MAX_HEAD_DIM}"
     if v.shape[3] != q.shape[3]:
         return f"v has another head dim ({v.shape[3]}) than q ({q.shape[3]})"
-    if scale is not None and not 0 < scale < math.inf:
-        return f"scale={scale} is not positive"
     if q.is_cuda and q.dtype == torch.float32 and not _tf32_allowed():
         return "float32 products may not be rounded to TF32 (torch.backends.cuda.matmul.allow_tf32 = True)"
     if bias is not None and runtime.unpack_duals([bias])[1] is not None:
@@ -482,7 +479,7 @@ def attention(
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if supported(q, k, v, bias, scale) is not None:
+    if supported(q, k, v, bias) is not None:
         return _fallback(q, k, v, bias, is_causal, scale)
     if scale is None:
         scale = q.shape[3] ** -0.5
@@ -509,7 +506,7 @@ def _explain(
     scale: float | None = None,
 ) -> str:
     _check(q, k, v, bias)
-    reason = supported(q, k, v, bias, scale)
+    reason = supported(q, k, v, bias)
     if reason is not None:
         return f"attention: plain torch, because {reason}"
     first, second = split_head_dim(q.shape[3])

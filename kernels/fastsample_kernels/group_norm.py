@@ -68,7 +68,8 @@ class Tiles:
         block_c, block_s: those of a tile of the other kernels, which may straddle groups.
         chunk, chunks: length and number of the pieces that the spatial axis is reduced in.
         combine_k, combine_c: pieces and channels of a tile of the kernels that merge those.
-        warps: of the kernels that read the tensor (those that merge use four).
+        group_warps, warps, combine_warps: of the fused kernel, of the others that read the tensor, and of those
+            that merge.
     """
 
     fused: bool
@@ -80,7 +81,9 @@ class Tiles:
     chunks: int
     combine_k: int
     combine_c: int
+    group_warps: int
     warps: int
+    combine_warps: int
 
 
 _FUSED_TILE = 16384  # bytes, with eight warps
@@ -125,6 +128,7 @@ def tiles(
     chunk = -(-blocks // min(wanted, blocks)) * block_s
     chunks = -(-spatial // chunk)
     combine_c = min(_power_of_2(width), 64)
+    combine_k = min(_power_of_2(chunks), 1024 // combine_c)
     return Tiles(
         fused=fused,
         group_c=group_c,
@@ -133,9 +137,11 @@ def tiles(
         block_s=block_s,
         chunk=chunk,
         chunks=chunks,
-        combine_k=min(_power_of_2(chunks), 1024 // combine_c),
+        combine_k=combine_k,
         combine_c=combine_c,
-        warps=8 if fused else 4,
+        group_warps=8,
+        warps=4,
+        combine_warps=4 if combine_k * combine_c > 256 else 2,
     )
 
 
@@ -283,7 +289,7 @@ def forward_launches(
         block = {"BLOCK_C": t.group_c, "BLOCK_S": t.group_s}
         common = (call.input, moments, call.affine, result, call.size, call.act, call.flags, block)
         launch = call.launch(
-            kernels.fused, call.batch * call.groups, t.warps, *common, call.grouping, {"eps": eps}
+            kernels.fused, call.batch * call.groups, t.group_warps, *common, call.grouping, {"eps": eps}
         )
         return [launch], y, dy, memory
     partial = call.partial(planes)
@@ -296,7 +302,7 @@ def forward_launches(
             call.input, tangents, partial, call.size, call.chunking, switch, call.flags, call.block,
         ),
         call.launch(
-            kernels.combine, call.batch * call.groups, 4,
+            kernels.combine, call.batch * call.groups, t.combine_warps,
             partial, moments, call.size, groups, call.chunking, {"eps": eps}, switch, acc, call.merging,
         ),
         call.launch(
@@ -329,7 +335,7 @@ def backward_launches(call: _Call, gy: Tensor, moments: Tensor) -> tuple[list[La
             call.flags, call.block,
         ),
         call.launch(
-            kernels.backward_combine, call.batch * call.groups, 4,
+            kernels.backward_combine, call.batch * call.groups, t.combine_warps,
             partial, {name: call.affine[name] for name in names}, {"sums": sums}, means, call.size, groups,
             {"chunks": t.chunks}, acc, call.merging,
         ),

@@ -22,9 +22,10 @@ def check(launches, architecture, directory):
         assert code.count(r"\b(ATOM|ATOMG|ATOMS|RED)\b") == 0, f"{name}: atomics"
         assert code.registers <= 128, f"{name}: {code.registers} registers"
         assert code.shared <= 8192, f"{name}: {code.shared} bytes of shared memory"
-        if name in STREAMING:
+        strip = name == "fused" and launch.args["CHANNELS_LAST"]  # narrower than 16 bytes (see tiles)
+        if name in STREAMING and not strip:
             assert code.count(r"LDG\.E(\.\w+)*\.128") > 0, f"{name}: no 16-byte loads"
-        if name in {"fused", "apply", "backward_apply", "update"}:
+        if name in {"fused", "apply", "backward_apply", "update"} and not strip:
             narrow = code.count(r"\bSTG\b") - code.count(r"STG\.E(\.\w+)*\.128")
             assert narrow <= (2 if name == "fused" else 0), (
                 f"{name}: {narrow} narrow stores"
@@ -53,7 +54,7 @@ def group_norm_launches(shape, dtype, channels_last, *passes):
     return launches
 
 
-SMALL, LARGE = (2, 320, 64, 64), (4, 128, 512, 512)
+SMALL, DEEP, LARGE = (2, 320, 64, 64), (2, 1280, 8, 8), (4, 128, 512, 512)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -72,7 +73,7 @@ def test_group_norm_backward_and_jvp(tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [SMALL, LARGE])
+@pytest.mark.parametrize("shape", [SMALL, DEEP, LARGE])
 def test_group_norm_every_configuration(shape, dtype, channels_last, architecture, tmp_path):
     check(
         group_norm_launches(shape, dtype, channels_last, "forward", "backward", "jvp"), architecture, tmp_path

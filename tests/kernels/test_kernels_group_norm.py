@@ -19,7 +19,7 @@ reference = module.reference
 def split(spatial: int, block_c: int = 4, block_s: int = 8, blocks: int = 2, combine: int = 2) -> object:
     """Tiles of the three-launch path, small enough that every loop runs more than once."""
     chunk = blocks * block_s
-    return module.Tiles(False, 1, 1, block_c, block_s, chunk, -(-spatial // chunk), combine, combine, 4)
+    return module.Tiles(False, 1, 1, block_c, block_s, chunk, -(-spatial // chunk), combine, combine, 8, 4, 2)
 
 
 def fused(spatial: int) -> object:
