@@ -66,14 +66,14 @@ def _silu_derivative(z):
 @triton.jit
 def statistics(
     x, x_n, x_c, x_s, residual, residual_n, residual_c, residual_s, dx, dx_n, dx_c, dx_s,
-    partial, plane, C, S, chunk, chunks,
+    partial, C, S, chunk, chunks,
     HAS_RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, TANGENT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Of each channel over each chunk: mean and centred sum of squares of h = x + residual; with TANGENT also
     the mean of dx and the centred sum of products of dx and h.
 
-    partial: (planes, N, chunks, C), ``plane`` numbers apart.
+    partial: (N, chunks, 2 or with TANGENT 4, C).
     """
     pid = tl.program_id(0)
     blocks = tl.cdiv(C, BLOCK_C)
@@ -112,17 +112,17 @@ def statistics(
             dmean += ddelta * share
             cov += tl.sum(d * (dh - dm[:, None]), axis=1) + delta * ddelta * seen * share
 
-    at = partial + (n * chunks + k) * C + c
+    at = partial + (n * chunks + k) * (4 if TANGENT else 2) * C + c
     tl.store(at, mean, mask=c < C)
-    tl.store(at + plane, m2, mask=c < C)
+    tl.store(at + C, m2, mask=c < C)
     if TANGENT:
-        tl.store(at + 2 * plane, dmean, mask=c < C)
-        tl.store(at + 3 * plane, cov, mask=c < C)
+        tl.store(at + 2 * C, dmean, mask=c < C)
+        tl.store(at + 3 * C, cov, mask=c < C)
 
 
 @triton.jit
 def combine(
-    partial, plane, moments, moments_n, C, S, G, width, chunk, chunks, eps,
+    partial, moments, moments_n, C, S, G, width, chunk, chunks, eps,
     TANGENT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One group: merges ``partial`` over chunks and channels.
@@ -132,11 +132,30 @@ def combine(
     pid = tl.program_id(0)
     g = pid % G
     n = (pid // G).to(tl.int64)
+    row = (4 if TANGENT else 2) * C
+    partial += n * chunks * row + g * width  # what follows, a sample's numbers, is counted in 32 bits
+    count = tl.full([], 1.0, ACC) * width * S
 
-    seen = tl.zeros([], ACC)
-    mean = tl.zeros([], ACC)
+    # First the means, relative to one of them so that a large common part does not round, then the rest about them.
+    origin = tl.load(partial)
+    total = tl.zeros([], ACC)
+    dtotal = tl.zeros([], ACC)
+    for k0 in range(0, chunks, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        length = tl.maximum(tl.minimum(chunk, S - k * chunk), 0).to(ACC)
+        for c0 in range(0, width, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            mask = (k < chunks)[:, None] & (c < width)[None, :]
+            at = partial + (k[:, None] * row + c[None, :])
+            means = tl.load(at, mask=mask, other=origin)
+            total += tl.sum(tl.sum(length[:, None] * (means - origin), axis=1), axis=0)
+            if TANGENT:
+                dmeans = tl.load(at + 2 * C, mask=mask, other=0.0)
+                dtotal += tl.sum(tl.sum(length[:, None] * dmeans, axis=1), axis=0)
+    mean = origin + total / count
+    dmean = dtotal / count
+
     m2 = tl.zeros([], ACC)
-    dmean = tl.zeros([], ACC)
     cov = tl.zeros([], ACC)
     for k0 in range(0, chunks, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -144,33 +163,22 @@ def combine(
         for c0 in range(0, width, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             mask = (k < chunks)[:, None] & (c < width)[None, :]
-            at = partial + (n * chunks + k)[:, None] * C + (g * width + c)[None, :]
-            weights = tl.where(mask, length[:, None], 0.0)
-            count = tl.sum(tl.sum(weights, axis=1), axis=0)
-            share = count / (seen + count)
-            means = tl.load(at, mask=mask, other=0.0)
-            m = tl.sum(tl.sum(weights * means, axis=1), axis=0) / count
-            d = tl.where(mask, means - m, 0.0)
-            squares = tl.load(at + plane, mask=mask, other=0.0) + weights * d * d
-            delta = m - mean
-            mean += delta * share
-            m2 += tl.sum(tl.sum(squares, axis=1), axis=0) + delta * delta * seen * share
+            at = partial + (k[:, None] * row + c[None, :])
+            d = tl.load(at, mask=mask, other=mean) - mean
+            squares = tl.load(at + C, mask=mask, other=0.0) + length[:, None] * d * d
+            m2 += tl.sum(tl.sum(squares, axis=1), axis=0)
             if TANGENT:
-                dmeans = tl.load(at + 2 * plane, mask=mask, other=0.0)
-                dm = tl.sum(tl.sum(weights * dmeans, axis=1), axis=0) / count
-                products = tl.load(at + 3 * plane, mask=mask, other=0.0) + weights * d * (dmeans - dm)
-                ddelta = dm - dmean
-                dmean += ddelta * share
-                cov += tl.sum(tl.sum(products, axis=1), axis=0) + delta * ddelta * seen * share
-            seen += count
+                dd = tl.load(at + 2 * C, mask=mask, other=0.0) - dmean
+                products = tl.load(at + 3 * C, mask=mask, other=0.0) + length[:, None] * d * dd
+                cov += tl.sum(tl.sum(products, axis=1), axis=0)
 
-    rstd = 1 / tl.sqrt(m2 / seen + eps)
+    rstd = 1 / tl.sqrt(m2 / count + eps)
     out = moments + n * moments_n + g
     tl.store(out, mean)
     tl.store(out + G, rstd)
     if TANGENT:
         tl.store(out + 2 * G, dmean)
-        tl.store(out + 3 * G, rstd * cov / seen)
+        tl.store(out + 3 * G, rstd * cov / count)
 
 
 @triton.jit
@@ -302,12 +310,12 @@ def _recompute(
 def backward_sums(
     x, x_n, x_c, x_s, residual, residual_n, residual_c, residual_s, gy, gy_n, gy_c, gy_s,
     moments, moments_n, weight, weight_n, bias, bias_n, scale, scale_n, shift, shift_n,
-    partial, plane, C, S, G, width, chunk, chunks,
+    partial, C, S, G, width, chunk, chunks,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel over each chunk: sum(gz xhat) and sum(gz). partial: (2, N, chunks, C)."""
+    """Of each channel over each chunk: sum(gz xhat) and sum(gz). partial: (N, chunks, 2, C)."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(C, BLOCK_C)
     k = pid % chunks
@@ -335,14 +343,14 @@ def backward_sums(
         )  # fmt: skip
         total_gain += tl.sum(gz * xhat, axis=1)
         total_offset += tl.sum(gz, axis=1)
-    out = partial + (n * chunks + k) * C + c
+    out = partial + (n * chunks + k) * 2 * C + c
     tl.store(out, total_gain, mask=inside)
-    tl.store(out + plane, total_offset, mask=inside)
+    tl.store(out + C, total_offset, mask=inside)
 
 
 @triton.jit
 def backward_combine(
-    partial, plane, weight, weight_n, scale, scale_n, sums, means, C, S, G, width, chunks,
+    partial, weight, weight_n, scale, scale_n, sums, means, C, S, G, width, chunks,
     HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -362,9 +370,9 @@ def backward_combine(
         for k0 in range(0, chunks, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             mask = (k < chunks)[:, None] & inside[None, :]
-            at = partial + (n * chunks + k)[:, None] * C + c[None, :]
+            at = partial + (n * chunks + k)[:, None] * 2 * C + c[None, :]
             ggain += tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)
-            goffset += tl.sum(tl.load(at + plane, mask=mask, other=0.0), axis=0)
+            goffset += tl.sum(tl.load(at + C, mask=mask, other=0.0), axis=0)
         tl.store(sums + 2 * n * C + c, ggain, mask=inside)
         tl.store(sums + (2 * n + 1) * C + c, goffset, mask=inside)
         gain, _ = _affine(

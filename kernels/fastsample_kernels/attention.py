@@ -107,9 +107,14 @@ _Table = dict[Pass, tuple[tuple[int, Tiles], ...]]  # (largest padded head dim, 
 # Chosen without a GPU: compiled ahead of time for sm_80, sm_90 and sm_100, the largest that spill no registers.
 # Compute capability 8.x and 12.x: warp-wide tensor-core instructions, and the 99 KiB of shared memory all have.
 _TILES_MMA: _Table = {
-    "forward": ((96, _T(128, 64, 8, 2)), (160, _T(128, 32, 8, 2)), (256, _T(64, 32, 8, 2))),
+    "forward": (
+        (96, _T(128, 64, 8, 2)),
+        (128, _T(64, 64, 8, 2)),
+        (160, _T(128, 32, 8, 2)),
+        (256, _T(64, 32, 8, 2)),
+    ),
     "tangent": ((64, _T(64, 32, 4, 2)), (128, _T(64, 32, 8, 2)), (256, _T(64, 16, 4, 2))),
-    "dq": ((64, _T(64, 64, 4, 2)), (128, _T(64, 64, 8, 2)), (160, _T(64, 32, 8, 2)), (256, _T(64, 16, 8, 2))),
+    "dq": ((128, _T(64, 64, 8, 2)), (160, _T(64, 32, 8, 2)), (256, _T(64, 16, 8, 2))),
     "dkdv": (
         (64, _T(64, 128, 8, 2)),
         (80, _T(32, 64, 4, 2)),
@@ -126,7 +131,7 @@ _TILES_WGMMA: _Table = {
         (256, _T(128, 32, 8, 2)),
     ),
     "tangent": ((96, _T(128, 64, 8, 2)), (160, _T(128, 32, 8, 2)), (256, _T(64, 16, 8, 2))),
-    "dq": ((96, _T(64, 128, 8, 2)), (160, _T(64, 64, 8, 2)), (256, _T(64, 32, 4, 2))),
+    "dq": ((64, _T(64, 128, 8, 2)), (160, _T(64, 64, 8, 2)), (256, _T(64, 32, 8, 2))),
     "dkdv": ((80, _T(64, 128, 8, 2)), (128, _T(64, 64, 8, 2)), (256, _T(32, 64, 8, 2))),
 }
 # 10.x: accumulators in tensor memory, through which masks and biases must pass.
@@ -138,6 +143,7 @@ _TILES_TCGEN05: _Table = {
         (160, _T(128, 64, 8, 2)),
         (256, _T(128, 32, 8, 2)),
     ),
+    "dq": ((64, _T(64, 128, 8, 2)), (160, _T(64, 64, 8, 2)), (256, _T(64, 32, 4, 2))),
 }
 # Any of them, with a bias for each query (on 10.x with any bias): its tile takes registers too.
 _TILES_BIASED: _Table = {
@@ -148,8 +154,8 @@ _TILES_BIASED: _Table = {
 }
 # Any of them, float32 with TF32 products.
 _TILES_TF32: _Table = {
-    "forward": ((128, _T(64, 32, 4, 2)), (256, _T(32, 16, 4, 2))),
-    "tangent": ((64, _T(32, 32, 4, 1)), (128, _T(32, 16, 4, 1)), (256, _T(16, 16, 4, 1))),
+    "forward": ((64, _T(64, 32, 4, 2)), (256, _T(32, 16, 4, 2))),
+    "tangent": ((64, _T(32, 16, 4, 2)), (128, _T(16, 16, 4, 1)), (256, _T(16, 16, 8, 1))),
     "dq": ((64, _T(32, 32, 4, 2)), (128, _T(32, 16, 4, 2)), (256, _T(16, 16, 4, 1))),
     "dkdv": ((128, _T(32, 32, 8, 1)), (256, _T(16, 16, 4, 1))),
 }

@@ -122,6 +122,7 @@ class Tiles:
 
 
 _PROGRAMS = 1024  # of a backward pass, where there are rows enough
+_SUMMED = 8  # elements of a thread that keeps three sums of each
 _BLOCK = 1024  # elements of a tile of the gated linear units
 
 
@@ -129,19 +130,20 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def row_tiles(samples: int, length: int, dim: int) -> Tiles:
+def row_tiles(samples: int, length: int, dim: int, per_thread: int = 16) -> Tiles:
     """Tiles of kernels that hold whole rows of ``dim``; a pure function, so nothing is tuned at run time.
 
     Args:
         samples: whose rows are summed apart (of batch, or of batch times heads).
         length: rows of a sample.
         dim: of a row.
+        per_thread: elements of a thread.
     """
     block = max(16, _power_of_two(dim))
-    rows = max(1, min(1024 // block, _power_of_two(length)))
+    rows = max(1, min(2048 // block, _power_of_two(length)))
     chunk = max(4 * rows, -(-samples * length // _PROGRAMS))
     chunk = min(-(-chunk // rows) * rows, -(-length // rows) * rows)
-    return Tiles(rows, block, max(1, min(16, rows * block // 256)), chunk)
+    return Tiles(rows, block, max(1, min(16, rows * block // (32 * per_thread))), chunk)
 
 
 def glu_tiles(features: int) -> Tiles:
@@ -201,7 +203,7 @@ def _norm_backward(
     from ._dit_kernels import norm_backward_launch
 
     batch, length, dim = h.shape
-    tiles = row_tiles(batch, length, dim)
+    tiles = row_tiles(batch, length, dim, _SUMMED)
     dx = runtime.empty(h.shape, h.dtype, h.device)
     dbranch = None if branch is None else runtime.empty(h.shape, branch.dtype, h.device)
     chunks = -(-length // tiles.chunk)
@@ -346,7 +348,6 @@ def _(dy, x, cos, sin, weight, eps, norm, interleaved):
 def _save_rope(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor]) -> None:
     ctx.set_materialize_grads(False)
     x, cos, sin, weight, ctx.eps, ctx.norm, ctx.interleaved = inputs
-    # A rotation alone is linear: its gradient does not need x, but its shape.
     ctx.save_for_backward(x, cos, sin, weight)
 
 

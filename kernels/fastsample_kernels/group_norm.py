@@ -258,8 +258,7 @@ class _Call:
 
     def partial(self, planes: int) -> dict[str, Any]:
         """Room for each channel's sums over each chunk."""
-        shape = (self.batch, self.tiles.chunks, self.channels)
-        return {"partial": self.empty(planes, *shape), "plane": math.prod(shape)}
+        return {"partial": self.empty(self.batch, self.tiles.chunks, planes, self.channels)}
 
     def launch(self, kernel: Any, programs: int, warps: int, *arguments: dict[str, Any]) -> Launch:
         merged: dict[str, Any] = {}

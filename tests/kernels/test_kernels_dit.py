@@ -30,12 +30,12 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def run(function, tensors: dict[str, Tensor], seed: int = 9) -> dict[str, Tensor]:
-    """The results and the gradients of every input."""
+def run(function, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """The results and the gradients of every input, for output gradients that are exact in ``dtype``."""
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
     out = function(**leaves)
     out = out if isinstance(out, tuple) else (out,)
-    gradients = [normal(*y.shape, seed=seed + i).to(y.dtype) for i, y in enumerate(out)]
+    gradients = [normal(*y.shape, seed=9 + i, dtype=dtype).to(y.dtype) for i, y in enumerate(out)]
     got = torch.autograd.grad(out, tuple(leaves.values()), gradients)
     results = {f"out{i}": y.detach() for i, y in enumerate(out)}
     return results | {f"d{name}": g for name, g in zip(leaves, got, strict=True)}
@@ -43,13 +43,13 @@ def run(function, tensors: dict[str, Tensor], seed: int = 9) -> dict[str, Tensor
 
 def compare(function, plain, tensors: dict[str, Tensor]) -> None:
     dtype = next(iter(tensors.values())).dtype
-    got = run(function, tensors)
-    exact = run(plain, {name: t.double() for name, t in tensors.items()})
+    got = run(function, tensors, dtype)
+    exact = run(plain, {name: t.double() for name, t in tensors.items()}, dtype)
     assert {name: t.dtype for name, t in got.items()} == dict.fromkeys(exact, dtype)
     if dtype == torch.float64:
         torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-9)
     else:
-        assert_close_enough(got, run(plain, tensors), exact)
+        assert_close_enough(got, run(plain, tensors, dtype), exact)
 
 
 def strided(x: Tensor, layout: str) -> Tensor:

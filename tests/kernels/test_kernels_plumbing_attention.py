@@ -1,0 +1,82 @@
+"""attention and the pieces of a DiT block on a CPU without the interpreter: plain torch, and no Triton."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastsample_kernels import dit, explain
+from fastsample_kernels.attention import attention, reference
+
+module = importlib.import_module("fastsample_kernels.attention")
+
+
+def test_import_is_light():
+    code = (
+        "import sys, fastsample_kernels.attention, fastsample_kernels.dit; assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def test_attention_is_pytorchs():
+    q, k, v = (normal(2, 3, n, 8, seed=n) for n in (5, 7, 7))
+    assert "plain torch, because CPU tensors" in explain(attention, q, k, v)
+    mask = normal(2, 1, 1, 7) > -0.5
+    mask[..., 0] = True
+    assert torch.equal(attention(q, k, v, bias=mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    for options in (
+        {"bias": mask, "is_causal": True},
+        {"bias": normal(5, 7, seed=3), "is_causal": True, "scale": 0.3},
+        {"is_causal": True, "scale": -0.3},
+        {"bias": normal(5, 7, seed=3, dtype=torch.float64)},
+    ):
+        wanted = reference(q.double(), k.double(), v.double(), **options)
+        torch.testing.assert_close(attention(q, k, v, **options).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_has_tangents_and_compiles():
+    q, k, v = (normal(1, 2, 5, 8, seed=seed) for seed in range(3))
+    got, wanted = (torch.func.jvp(f, (q, k, v), (v, q, k)) for f in (attention, reference))
+    torch.testing.assert_close(got, wanted)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), reference(q, k, v))
+
+
+CALLS = {
+    "layer_norm": lambda: dit.layer_norm(normal(2, 3, 8), scale=normal(2, 8), shift=normal(2, 8)),
+    "rms_norm": lambda: dit.rms_norm(normal(2, 3, 8), normal(8)),
+    "gated_residual_norm": lambda: dit.gated_residual_norm(normal(2, 3, 8), normal(2, 3, 8), normal(2, 8))[1],
+    "norm_rope": lambda: dit.norm_rope(normal(2, 1, 3, 8), normal(3, 8), normal(2, 3, 8)),
+    "geglu": lambda: dit.geglu(normal(2, 8)),
+    "swiglu": lambda: dit.swiglu(normal(2, 8)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_pieces_compile(name):
+    call = CALLS[name]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(), call())
+
+
+def test_tf32_is_read_from_either_setting(monkeypatch):
+    class Old:
+        allow_tf32 = True
+
+    class New:
+        fp32_precision = "tf32"
+
+        @property
+        def allow_tf32(self):
+            raise RuntimeError("mix of the legacy and new APIs")
+
+    for settings in (Old(), New()):
+        monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
+        assert module._tf32_allowed()
