@@ -32,7 +32,11 @@ from .graph import Captured, require, run_captured
 from .hooks import Hook
 from .noise import START, normal
 from .plan import Plan
-from .process import as_time
+from .process import Process, as_time
+
+
+# How far two tables of one schedule may differ: a product of 1,000 float32 factors is exact to this.
+_ROUNDING = 2e-5
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Sampler:
                     f"plan= already says {', '.join(beside) or 'the solver'}; give it alone or leave it out"
                 )
             self.plan = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
-            if self.plan.fingerprint != process.fingerprint:
+            if not _written_for(self.plan, process):
                 raise ValueError(
                     f"the plan was written for {self.plan.process}, but the denoiser's process is "
                     f"{process!r}; make a plan for this process"
@@ -413,6 +417,18 @@ class Sampler:
         )
 
 
+def _written_for(plan: Plan, process: Process) -> bool:
+    """Whether a plan's rows lie on a process; tables that differ by float32 rounding are the same process."""
+    if plan.fingerprint == process.fingerprint:
+        return True
+    low, high = sorted((process.t_zero, process.t_start))
+    t, alpha, sigma = torch.tensor([(v.t, v.alpha, v.sigma) for v in plan.values], dtype=torch.float64).T
+    if not low <= float(t.min()) <= float(t.max()) <= high or not low <= plan.t0 <= high:
+        return False
+    near = [(alpha, process.alpha(t)), (sigma, process.sigma(t))]
+    return all(torch.allclose(own, other, rtol=_ROUNDING, atol=_ROUNDING) for own, other in near)
+
+
 def _check_levels(denoiser: Denoiser, plan: Plan) -> None:
     """A plan made for continuous time would tell a network with a table of times what it does not know."""
     levels = denoiser.process.levels
@@ -479,8 +495,10 @@ def _build(
 
         scale = denoiser.guidance.scale if denoiser.guidance is not None else 1.0
         return auto(denoiser.process, steps, guidance=scale, **settings)
-    if not isinstance(solver, str):
-        raise unknown("solver", solver, solvers.names())
+    if solver not in solvers.names():
+        from . import adaptive
+
+        raise unknown("solver", solver, [*solvers.names(), *adaptive.names()])
     return solvers.build(solver, denoiser.process, steps, **settings)
 
 

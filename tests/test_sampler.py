@@ -330,6 +330,29 @@ def test_plans_of_another_model_are_refused() -> None:
         fs.Sampler(denoiser_of(prediction="eps"), plan=plan)
 
 
+def test_a_plan_fits_the_same_schedule_in_float32() -> None:
+    """What other libraries store is a float32 product; a neighbouring schedule is another process still."""
+    plan = sampler_of().plan
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float32)
+    rounded = fs.VP.from_alphas_cumprod(torch.cumprod(1 - betas, dim=0))
+    assert rounded.fingerprint != fs.VP.linear().fingerprint
+    assert fs.Sampler(denoiser_of(rounded), plan=plan).plan == plan
+    for other in (fs.VP.linear(beta_end=0.0201), fs.VP.linear(num_train_steps=500), fs.VP.cosine()):
+        with pytest.raises(ValueError, match="written for"):
+            fs.Sampler(denoiser_of(other), plan=plan)
+
+
+def test_unknown_solvers_are_answered_with_adaptive_methods_too() -> None:
+    with pytest.raises(ValueError, match="did you mean 'dpm_adaptive'"):
+        sampler_of("dpm_adaptiv")
+
+
+def test_list_options_are_recorded() -> None:
+    plan = fs.Sampler(denoiser_of(), "restart", 4, restarts=[(0.1, 0.5, 1, 3)]).plan
+    assert plan.options == {"restarts": [[0.1, 0.5, 1, 3]]}
+    assert fs.Plan.from_json(plan.to_json()) == plan
+
+
 def test_a_continuous_plan_is_refused_by_a_network_with_a_table() -> None:
     plan = sampler_of(grid=[900.5, 300.0, -1.0], steps=2).plan
     with pytest.raises(ValueError, match=r"row 0 of the plan evaluates at t=900.5, which is none"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import math
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,9 +183,14 @@ def on_grid(solver: Solver, process: Process, prediction: str, times: Tensor, us
     """The plan of a solver on a checked grid."""
     builder = Builder(process, prediction, times[0])
     solver.function(builder, times, **solver.preset, **used)
-    described = {k: v for k, v in used.items() if isinstance(v, (str, int, float, bool)) and not _is_nan(v)}
+    described = {k: v for k, v in used.items() if _is_json(v)}
+    builder.notes += [f"option {k} is not recorded: it is not JSON" for k in used if k not in described]
     return builder.finish(solver.name, times.numel() - 1, described, times)
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
