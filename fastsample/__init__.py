@@ -30,19 +30,21 @@ _WHERE = {
     "Sampler": "sampler",
     "Trajectory": "sampler",
     "NonFiniteError": "errors",
+    "tune": "tuning",
 }
-_MODULES = ("solvers", "grids", "hooks", "noise", "zoo", "metrics", "adaptive")
+_MODULES = ("solvers", "grids", "hooks", "noise", "zoo", "metrics", "adaptive", "tuning")
 
 __all__ = ["__version__", *_WHERE, *_MODULES]
 
 if TYPE_CHECKING:
-    from . import adaptive, grids, hooks, metrics, noise, solvers, zoo
+    from . import adaptive, grids, hooks, metrics, noise, solvers, tuning, zoo
     from .builder import Builder
     from .denoiser import Denoiser, Guidance, wrap
     from .errors import NonFiniteError
     from .plan import Plan
     from .process import EDM, VE, VP, Flow, Process, TrigFlow
     from .sampler import Sampler, Trajectory
+    from .tuning import tune
 
 
 def __getattr__(name: str) -> Any:

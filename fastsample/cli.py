@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _SUMMARY = {
     "sample": "write images (PNG) and a grid of them",
     "bench": "measure solvers against steps and time; writes report.html, results.json, results.csv",
+    "tune": "fit a solver to a model: the same quality in fewer evaluations, as a small JSON file",
     "report": "write the report of a run again, also of an unfinished one",
 }
 
@@ -40,6 +41,11 @@ fastsample bench solvers=[dpmpp_2m] steps=[8,16] grids=[uniform,karras,logsnr]
 fastsample bench model._target_=my.module.make_model train=data/train metrics=[fid] n=50000
 fastsample bench --multirun guidance=1,2,4 out=runs/guidance     # one folder each: runs/guidance/0, 1, 2
 fastsample bench --cfg job                          # print the settings, run nothing""",
+    "tune": """\
+fastsample tune model=digits steps=[4,5,8] out=runs/tuned
+fastsample bench 'solvers=[auto,dpmpp_2m,{plan: runs/tuned}]' nfe=[4,5,8]      # beside the others
+fastsample sample 'solver={plan: runs/tuned/tuned-5.json}'
+fastsample tune model._target_=my.module.make_model shape=[3,32,32] steps=6 budget='10 min'""",
     "report": """\
 fastsample report run=runs/bench
 fastsample report run=runs/bench out=public/bench""",
@@ -148,13 +154,25 @@ def _bench(config: Any, line: str) -> None:
     print(f"report: {bench(config, command=line)}")
 
 
+def _tune(config: Any, line: str) -> None:
+    from fastsample.bench.tune import tune
+
+    for path in tune(config):
+        print(f"wrote {path}")
+
+
 def _report(config: Any, line: str) -> None:
     from fastsample.bench.report import render_run
 
     print(f"report: {render_run(Path(config.run), Path(config.out) if config.out else None)}")
 
 
-_RUN: dict[str, Callable[[Any, str], None]] = {"sample": _sample, "bench": _bench, "report": _report}
+_RUN: dict[str, Callable[[Any, str], None]] = {
+    "sample": _sample,
+    "bench": _bench,
+    "tune": _tune,
+    "report": _report,
+}
 
 
 _FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}

@@ -348,19 +348,43 @@ def execute_differentiable(
         plan, x, run, trajectory: as in :func:`execute`.
         checkpoint: recompute each evaluation in the backward pass instead of storing its activations.
     """
-    denoiser = run.network.denoiser
+    states = [x]
+    extend(plan, plan.tensors(), states, {}, run, checkpoint=checkpoint)
+    if trajectory is not None:
+        trajectory += states[1:]
+    return states[-1]
+
+
+def extend(
+    plan: Plan,
+    values: Sequence[RowValues],
+    states: list[Tensor],
+    predictions: dict[int, Tensor],
+    run: Run,
+    *,
+    checkpoint: bool = False,
+) -> None:
+    """Run the rows that are missing, keeping every state and prediction.
+
+    Args:
+        plan: the structure.
+        values: its numbers: ``plan.tensors()`` for gradients, ``plan.values`` without.
+        states: ``x_0`` and the states so far (B, ...); the others are appended.
+        predictions: those of the rows so far; the others are added.
+        run, checkpoint: as in :func:`execute_differentiable`.
+    """
+    denoiser, x = run.network.denoiser, states[0]
     dtype = denoiser.time_dtype(x.dtype)
 
-    def told(t: Tensor) -> Tensor:
-        return t.to(x.device, dtype).expand(x.shape[0])
+    def told(t: Any) -> Tensor:
+        return denoiser.told(as_time(t)).to(x.device, dtype).expand(x.shape[0])
 
-    def near(c: Tensor) -> Tensor:
-        return c.to(x.device, x.dtype)
+    def near(c: Any) -> Any:
+        return c.to(x.device, x.dtype) if isinstance(c, Tensor) else c
 
-    states: list[Tensor] = [x]
-    predictions: dict[int, Tensor] = {}
-    nfe = 0
-    for r, (row, v, known) in enumerate(zip(plan.rows, plan.tensors(), plan.values, strict=True)):
+    nfe = sum(row.evaluates for row in plan.rows[: len(states) - 1])
+    for r in range(len(states) - 1, len(plan.rows)):
+        row, v, known = plan.rows[r], values[r], plan.values[r]
         state = torch.zeros_like(x)
         for c, j in zip(v.a, row.states, strict=True):
             state = state + near(c) * states[j]
@@ -369,13 +393,15 @@ def execute_differentiable(
         for c, s in zip(v.c, row.noises, strict=True):
             state = state + near(c) * run.noise(s, x)
         states.append(state)
-        if trajectory is not None:
-            trajectory.append(state)
         if not row.evaluates:
             continue
-        size = near(v.step).expand(x.shape[0]) if row.sized else None
+        size = (
+            torch.as_tensor(near(v.step), dtype=x.dtype, device=x.device).expand(len(x))
+            if row.sized
+            else None
+        )
         rho = known.sigma / known.alpha if known.alpha else math.inf
-        arguments = (state, told(denoiser.told(v.t_in)), rho, size)
+        arguments = (state, told(v.t_in), rho, size)
         if checkpoint:
             out = torch.utils.checkpoint.checkpoint(run.network, *arguments, use_reentrant=False)
         else:
@@ -384,7 +410,8 @@ def execute_differentiable(
         out = out.to(x.dtype)
         p, q = near(v.p), near(v.q)
         if run.hooks or run.callback:
-            px, qx = map(near, coefficients(plan.prediction, v.alpha, v.sigma, "x0"))
+            level = (as_time(v.alpha), as_time(v.sigma))
+            px, qx = map(near, coefficients(plan.prediction, *level, "x0"))
             x0 = px * state + qx * out
             if run.hooks and float(qx.detach()):
                 at = At(r, known.t, known.alpha, known.sigma, state, run.samples)
@@ -394,7 +421,6 @@ def execute_differentiable(
             if run.callback:
                 run.callback(Step(r, nfe, known.t, known.alpha, known.sigma, state, x0, run.samples))
         predictions[r] = p * state + q * out
-    return states[-1]
 
 
 def locate_nonfinite(plan: Plan, x: Tensor, run: Run) -> NonFiniteError:

@@ -232,7 +232,7 @@ class Plan:
 
     def __str__(self) -> str:
         """The table, one line a row."""
-        options = "".join(f" {k}={v}" for k, v in self.options.items())
+        options = "".join(f" {k}={v}" for k, v in self.options.items() if not isinstance(v, dict))
         head = [f"{self.solver}{options}: {self.steps} steps, {self.nfe} evaluations, on {self.process}"]
         head += [f"  {note}" for note in self.notes]
         head.append(f"{'row':>4} {'t':>10} {'sigma/alpha':>11}  update")

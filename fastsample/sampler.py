@@ -6,6 +6,7 @@ import contextlib
 import math
 import operator
 import os
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,10 @@ from .executor import (
 )
 from .graph import Captured, require, run_captured
 from .hooks import Hook
+from .identity import weights_hash
 from .noise import START, normal
 from .plan import Plan
 from .process import Process, as_time
-
 
 # How far two tables of one schedule may differ: a product of 1,000 float32 factors is exact to this.
 _ROUNDING = 2e-5
@@ -119,6 +120,7 @@ class Sampler:
                     f"predicts {denoiser.prediction!r}; make a plan for it"
                 )
             _check_levels(denoiser, self.plan)
+            _check_model(denoiser, self.plan)
             return
         start = first_time(denoiser, start, strength)
         if steps is not None and not _needs_steps(grid):
@@ -441,6 +443,25 @@ def _check_levels(denoiser: Denoiser, plan: Plan) -> None:
                 f"row {r} of the plan evaluates at t={v.t_in!r}, which is none of the {len(known)} times "
                 "that the network knows; make the plan for this denoiser"
             )
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _check_model(denoiser: Denoiser, plan: Plan) -> None:
+    """Warn, once for each pair, of a tuned plan that is used on another model than it was tuned for."""
+    fitted = plan.options.get("model") if plan.solver == "tuned" else None
+    if fitted is None:
+        return
+    own = weights_hash(denoiser)
+    if own is None or own == fitted or (fitted, own) in _warned:
+        return
+    _warned.add((fitted, own))
+    warnings.warn(
+        "the plan was tuned for a model with other weights; it will run, but tune one for this model "
+        "(fs.tune) or use solver='auto'",
+        stacklevel=4,
+    )
 
 
 def start_of(denoiser: Denoiser, strength: float) -> float:

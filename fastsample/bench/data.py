@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,10 @@ from fastsample.metrics import FeatureExtractor, FrechetReference, Gaussian, Gro
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 _DIGITS = ("digits:train", "digits:heldout", "digits:all")
+_EMBEDDED: dict[str, tuple[str | None, str | None]] = {
+    "digits": ("digits:train", "digits:heldout"),
+    "digits-mixture": ("digits:all", None),
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,11 @@ class ImageSet:
             seen += len(images)
         moments.save(file)
         return FrechetReference(moments.gaussian())
+
+
+def embedded_data(model: Any) -> tuple[str | None, str | None]:
+    """The training and the held-out images of an embedded model; None where there are none."""
+    return _EMBEDDED.get(model, (None, None)) if isinstance(model, str) else (None, None)
 
 
 def load_images(source: str, shape: tuple[int, ...]) -> ImageSet:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from fastsample.denoiser import Bound, Denoiser
 from fastsample.errors import unknown
 from fastsample.metrics.statistics import GROUPS
 from fastsample.noise import philox
+from fastsample.plan import Plan
 from fastsample.sampler import Sampler
 
 _LABELS = 0xFFFFFFFF  # noise stream of the labels; plans use 0 and their rows' numbers
@@ -174,17 +177,42 @@ def check_conditions(model: Model, labels: Tensor | None) -> None:
 
 
 def solver_label(solver: Any) -> str:
-    """``"ddim"``, or ``"ddim(eta=1)"`` for a solver with options.
+    """``"ddim"``, ``"ddim(eta=1)"`` for a solver with options, the ``label`` of plan files ("tuned").
 
     Raises:
-        ValueError: if it is neither a name nor a mapping with a name.
+        ValueError: if it is neither a name, nor a mapping with a name, nor one with a plan.
     """
+    if isinstance(solver, Mapping) and "plan" in solver:
+        unknown_keys = set(solver) - {"plan", "label"}
+        if unknown_keys:
+            raise ValueError(f"solver={dict(solver)}: a plan file takes no {', '.join(sorted(unknown_keys))}")
+        return str(solver.get("label", "tuned"))
     if isinstance(solver, str):
         return solver
     if isinstance(solver, Mapping) and isinstance(solver.get("name"), str):
         options = ", ".join(f"{key}={value}" for key, value in solver.items() if key != "name")
         return f"{solver['name']}({options})" if options else solver["name"]
-    raise ValueError(f"solver={solver!r}: give a name, or {{name: ddim, eta: 0.5}}")
+    raise ValueError(
+        f"solver={solver!r}: give a name, {{name: ddim, eta: 0.5}} or {{plan: tuned.json}} (label: NAME)"
+    )
+
+
+def plan_files(solver: Any) -> list[Path] | None:
+    """The plan files that a solver entry ``{plan: FILE, FOLDER, PATTERN or a list}`` names; None for others.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not (isinstance(solver, Mapping) and "plan" in solver):
+        return None
+    given = solver["plan"] if isinstance(solver["plan"], list) else [solver["plan"]]
+    files: list[Path] = []
+    for one in map(str, given):
+        found = Path(one).glob("tuned-*.json") if Path(one).is_dir() else map(Path, glob.glob(one))
+        files += sorted(found)
+    if not files:
+        raise ValueError(f"plan={solver['plan']}: no such file; give a JSON file written by fastsample tune")
+    return files
 
 
 def check_names(solver: Any, grid: str | None) -> None:
@@ -196,6 +224,11 @@ def check_names(solver: Any, grid: str | None) -> None:
     from fastsample import grids, solvers
 
     solver_label(solver)
+    files = plan_files(solver)
+    if files is not None:
+        for file in files:
+            Plan.load(file)
+        return
     name = solver if isinstance(solver, str) else solver["name"]
     known = sorted({"auto", *solvers.names()})
     if name not in known:
@@ -212,6 +245,11 @@ def make_sampler(denoiser: Denoiser, solver: Any, steps: int, grid: str | None, 
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: at least 1 is needed")
+    files = plan_files(solver)
+    if files is not None:
+        if len(files) > 1:
+            raise ValueError(f"plan={solver['plan']} names {len(files)} files; give the one to use")
+        return Sampler(denoiser, plan=files[0])
     name, options = (solver, {}) if isinstance(solver, str) else (solver["name"], dict(solver))
     options.pop("name", None)
     for key in ("solver", "steps", "plan", "hooks"):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastsample import __version__
 from fastsample.bench.cells import Cell, DamagedCell, digest
-from fastsample.bench.data import ImageSet, load_images
+from fastsample.bench.data import ImageSet, embedded_data, load_images
 from fastsample.bench.errors import DISK_FULL, UserError, checking
 from fastsample.bench.model import (
     Model,
@@ -38,6 +38,7 @@ from fastsample.bench.model import (
     draw_labels,
     load_model,
     make_sampler,
+    plan_files,
     resolve_device,
     solver_label,
 )
@@ -61,10 +62,6 @@ from fastsample.sampler import Sampler
 
 SCHEMA = "fastsample.run/1"
 
-_EMBEDDED_DATA: dict[str, tuple[str, str | None]] = {
-    "digits": ("digits:train", "digits:heldout"),
-    "digits-mixture": ("digits:all", None),
-}
 _KEEP_BYTES = 1 << 28  # memorisation compares pixels: only where all samples fit in so much memory
 _REFERENCE_CHECK = 128  # samples on which the reference solution is compared with one of half the steps
 
@@ -418,7 +415,7 @@ def _check_numbers(config: BenchConfig) -> None:
 
 
 def _metric_names(config: BenchConfig) -> list[MetricName]:
-    embedded = isinstance(config.model, str) and config.model in _EMBEDDED_DATA
+    embedded = embedded_data(config.model) != (None, None)
     wanted = config.metrics if config.metrics is not None else ["fd-digits"] if embedded else []
     names = [parse_metric(name) for name in wanted]
     for name in names:
@@ -429,9 +426,7 @@ def _metric_names(config: BenchConfig) -> list[MetricName]:
 def _metrics(
     config: BenchConfig, names: list[MetricName], model: Model, device: torch.device
 ) -> tuple[list[_Measures], dict[str, ImageSet]]:
-    embedded = (
-        _EMBEDDED_DATA.get(config.model, (None, None)) if isinstance(config.model, str) else (None, None)
-    )
+    embedded = embedded_data(config.model)
     sources = {"train": config.train or embedded[0], "heldout": config.heldout or embedded[1]}
     splits = {
         split: load_images(source, model.shape) for split, source in sources.items() if source is not None
@@ -465,7 +460,15 @@ def _metrics(
 def _samplers(
     config: BenchConfig, denoiser: Any, solver: Any, grid: str | None, notes: list[str]
 ) -> list[Sampler]:
-    """The solver's samplers at the steps or within the budgets asked for, without duplicates."""
+    """The solver's samplers at the steps or within the budgets asked for, without duplicates; all plan files."""
+    files = plan_files(solver)
+    if files is not None:
+        if grid is not None:
+            raise ValueError(f"plan={solver['plan']} has its own grid; use grids=[null]")
+        samplers = {s.plan.nfe: s for s in (Sampler(denoiser, plan=file) for file in files)}
+        if len(samplers) < len(files):
+            raise ValueError(f"plan={solver['plan']}: two of its plans have the same number of evaluations")
+        return [samplers[nfe] for nfe in sorted(samplers)]
     if config.steps is not None:
         return [
             make_sampler(denoiser, solver, steps, grid, config.end) for steps in sorted(set(config.steps))

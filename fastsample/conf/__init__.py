@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from fastsample.conf.schema import BenchConfig, ReferenceConfig, ReportConfig, SampleConfig
+from fastsample.conf.schema import BenchConfig, ReferenceConfig, ReportConfig, SampleConfig, TuneConfig
 
-__all__ = ["COMMANDS", "BenchConfig", "ReferenceConfig", "ReportConfig", "SampleConfig", "register"]
+__all__ = [
+    "COMMANDS",
+    "BenchConfig",
+    "ReferenceConfig",
+    "ReportConfig",
+    "SampleConfig",
+    "TuneConfig",
+    "register",
+]
 
-COMMANDS: dict[str, type] = {"sample": SampleConfig, "bench": BenchConfig, "report": ReportConfig}
+COMMANDS: dict[str, type] = {
+    "sample": SampleConfig,
+    "bench": BenchConfig,
+    "tune": TuneConfig,
+    "report": ReportConfig,
+}
 
 
 def register() -> None:

@@ -121,6 +121,54 @@ class BenchConfig:
 
 
 @dataclass
+class TuneConfig:
+    """Settings of ``fastsample tune``."""
+
+    model: Any = option(
+        "digits",
+        "Embedded model by name, or your own: model._target_=my.module.make_model model.ARGUMENT=VALUE.",
+    )
+    steps: Any = option([5], "Network evaluations of the result, a number or a list: one plan for each.")
+    seed: int = option(0, "Seed of the trajectories' noise, a stream of its own.")
+    start: str | None = option(None, "Solver to start from; null: the best training-free one.")
+    end: str | None = option(
+        "zero", "Where sampling ends: zero (as in fastsample bench) or sigma_min; null: as solver=auto."
+    )
+    labels: Any = option(
+        "auto",
+        "Class labels: auto (drawn at random where the model has classes), null (unconditional), or one.",
+    )
+    classes: int | None = option(
+        None, "Number of classes of your own model, which then takes labels=[B]; embedded models know theirs."
+    )
+    guidance: float = option(1.0, "Classifier-free guidance scale that the plan is tuned for; 1: none.")
+    shape: list[int] | None = option(None, "Shape of one sample (C, H, W); null: what the model says.")
+    trajectories: int | None = option(None, "Trajectories to fit to; null: 256, more for small samples.")
+    heldout: int | None = option(None, "Trajectories to select on; null: half as many.")
+    reference_steps: int = option(100, "Steps of the model's own solution.")
+    objective: str = option("huber", "huber (a few samples that end in another mode do not decide) or rmse.")
+    select: str | None = option(
+        None,
+        "Frechet metric of the held-out samples that decides which iteration is the result: fd-digits, ...; "
+        "null: the objective.",
+    )
+    train: str | None = option(None, "Images for select=, as in fastsample bench.")
+    free: list[str] = option(["grid", "coefficients", "time"], "What is tuned.")
+    constraints: list[str] = option([], "consistency: rows stay exact for constant predictions.")
+    history: int = option(4, "Predictions that a row may read.")
+    relax: float = option(0.0, "How far the fitted trajectories' noise may move (LD3); 0: not.")
+    iterations: int = option(30, "At most so many.")
+    patience: int = option(6, "Stop after so many without progress on held-out noise.")
+    budget: Any = option(None, "Stop each fit after 300 (seconds), '5 min' or '100000 evaluations'.")
+    batch: int = option(64, "Trajectories at once.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = option(None, "CPU threads; null: torch's choice.")
+    out: str = option(
+        "runs/tuned", "Folder for tuned-STEPS.json. Start the same command again after a kill: it goes on."
+    )
+
+
+@dataclass
 class ReportConfig:
     """Settings of ``fastsample report``."""
 

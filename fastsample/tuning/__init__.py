@@ -1,0 +1,8 @@
+"""Tuned solvers: the numbers of a plan fitted to a model's own high-accuracy trajectories."""
+
+from __future__ import annotations
+
+from .fit import tune
+from .report import changes
+
+__all__ = ["changes", "tune"]
