@@ -31,16 +31,19 @@ _WHERE = {
     "Trajectory": "sampler",
     "NonFiniteError": "errors",
     "tune": "tuning",
+    "accelerate": "integrations.pipelines",
+    "unaccelerate": "integrations.pipelines",
 }
-_MODULES = ("solvers", "grids", "hooks", "noise", "zoo", "metrics", "adaptive", "tuning")
+_MODULES = ("solvers", "grids", "hooks", "noise", "zoo", "metrics", "adaptive", "tuning", "integrations")
 
 __all__ = ["__version__", *_WHERE, *_MODULES]
 
 if TYPE_CHECKING:
-    from . import adaptive, grids, hooks, metrics, noise, solvers, tuning, zoo
+    from . import adaptive, grids, hooks, integrations, metrics, noise, solvers, tuning, zoo
     from .builder import Builder
     from .denoiser import Denoiser, Guidance, wrap
     from .errors import NonFiniteError
+    from .integrations.pipelines import accelerate, unaccelerate
     from .plan import Plan
     from .process import EDM, VE, VP, Flow, Process, TrigFlow
     from .sampler import Sampler, Trajectory

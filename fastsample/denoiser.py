@@ -317,8 +317,8 @@ class Bound:
 
 
 def wrap(
-    net: Callable[..., Any],
-    process: Process,
+    net: Any,
+    process: Process | None = None,
     prediction: str = "eps",
     *,
     guidance: Guidance | None = None,
@@ -332,7 +332,8 @@ def wrap(
     """Give a network its meaning.
 
     Args:
-        net: any callable ``net(x, t, **conditions)`` with ``x`` (B, ...) and ``t`` (B,).
+        net: any callable ``net(x, t, **conditions)`` with ``x`` (B, ...) and ``t`` (B,); or a diffusers
+            pipeline, alone, whose scheduler's config says the rest.
         process: the noise process that it was trained on, such as ``fs.VP.linear()``.
         prediction: "eps", "x0", "v", "flow" or "score".
         guidance: classifier-free guidance.
@@ -349,6 +350,19 @@ def wrap(
     Raises:
         TypeError, ValueError: an argument that cannot be used; the message names it.
     """
+    if process is None and hasattr(net, "scheduler"):
+        from .integrations.pipelines import denoiser_of
+
+        given = {
+            "guidance": guidance,
+            "learned_variance": learned_variance or None,
+            "dtype": dtype,
+            "conditions": conditions,
+            "sample_shape": sample_shape,
+            "quantize": quantize or None,
+            "time_input": None if time_input == "t" else time_input,
+        }
+        return denoiser_of(net, **{k: v for k, v in given.items() if v is not None})
     if not callable(net):
         raise TypeError(
             f"net={net!r} is not callable; give a torch.nn.Module or a function net(x, t, **conditions)"

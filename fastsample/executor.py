@@ -129,7 +129,7 @@ def _program(plan: Plan, owned: bool, hooked: bool) -> _Program:
     return _cached(plan, ("program", owned, hooked), lambda: _compile(plan, owned, hooked))
 
 
-def _x0_pairs(plan: Plan) -> tuple[tuple[float, float], ...]:
+def x0_pairs(plan: Plan) -> tuple[tuple[float, float], ...]:
     """``(p, q)`` of each row that evaluates, where ``x0 = p x + q out``; zeros for the others."""
 
     def pair(row: Row, v: RowValues) -> tuple[float, float]:
@@ -157,7 +157,7 @@ def _compile(plan: Plan, owned: bool, hooked: bool) -> _Program:
     pairs = [(v.p, v.q) for v in values]
     acts = [False] * n
     if hooked:
-        for r, (p0, q0) in enumerate(_x0_pairs(plan)):
+        for r, (p0, q0) in enumerate(x0_pairs(plan)):
             # Where x0 does not depend on the output (no noise), there is nothing that a hook could change.
             if q0 != 0:
                 acts[r] = True
@@ -292,7 +292,7 @@ def execute(
     """
     program = _program(plan, owned, bool(run.hooks))
     times, sizes = run.times or times_of(plan, run, x)
-    pairs = _x0_pairs(plan) if run.hooks or run.callback else ()
+    pairs = x0_pairs(plan) if run.hooks or run.callback else ()
     # The last entry is the newest output.
     buffers = [x, *(torch.empty_like(x, memory_format=_DENSE) for _ in range(program.buffers - 1)), x]
     own = {tensor.untyped_storage().data_ptr() for tensor in buffers}

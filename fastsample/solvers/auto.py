@@ -58,7 +58,8 @@ def auto(
         steps: evaluations (never more).
         guidance: the classifier-free guidance scale.
         grid, start, end: as in :func:`fastsample.solvers.build`; by default chosen here.
-        options: override the choice, such as ``order=2`` or ``sigma_data=1.0``.
+        options: override the choice, such as ``order=2`` or ``sigma_data=1.0``; ``skip_start=False`` evaluates
+            pure noise too.
 
     Raises:
         ValueError: as :func:`fastsample.solvers.build`.
@@ -70,7 +71,7 @@ def auto(
     if named and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"steps={steps!r} must be a whole number of at least 1")
     n = steps if steps is not None and named else 1
-    skip = grid is None and float(process.rho(first)) >= _PURE_NOISE
+    skip = options.get("skip_start", grid is None and float(process.rho(first)) >= _PURE_NOISE)
     few = n < 12
     order, corrector = _order(n, guidance)
     spacing: dict[str, float] = {}
@@ -84,7 +85,7 @@ def auto(
             "last_step": max(0.5, 1.6 - 0.08 * n),
         }
     times = grids.make(
-        "logistic" if grid is None else grid, process, n + skip, start=first, end=stop, **spacing
+        "logistic" if grid is None else grid, process, n + bool(skip), start=first, end=stop, **spacing
     )
     chosen: dict[str, Any] = {
         "order": order,

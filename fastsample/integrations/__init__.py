@@ -1,0 +1,1 @@
+"""Models of other libraries; each library is imported only when its module is used."""
