@@ -209,7 +209,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-@torch.compiler.assume_constant_result
 def _tf32_allowed() -> bool:
     """Whether PyTorch may round float32 products to TF32."""
     matmul = torch.backends.cuda.matmul
@@ -217,6 +216,10 @@ def _tf32_allowed() -> bool:
         return matmul.fp32_precision == "tf32"  # where it exists, allow_tf32 may raise
     except AttributeError:  # before PyTorch 2.9
         return matmul.allow_tf32
+
+
+# What torch.compiler.assume_constant_result does; that would import torch._dynamo, and with it Triton.
+_tf32_allowed.__dict__["_dynamo_marked_constant"] = True
 
 
 def _tiles(which: Pass, q: Tensor, k: Tensor, bias: Tensor | None) -> Tiles:

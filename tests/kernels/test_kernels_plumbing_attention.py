@@ -49,21 +49,23 @@ def test_attention_has_tangents_and_compiles():
     torch.testing.assert_close(compiled(q, k, v), reference(q, k, v))
 
 
+X, VECTOR, ROW, TABLE = normal(2, 3, 8), normal(2, 8, seed=1), normal(8, seed=2), normal(3, 8, seed=3)
 CALLS = {
-    "layer_norm": lambda: dit.layer_norm(normal(2, 3, 8), scale=normal(2, 8), shift=normal(2, 8)),
-    "rms_norm": lambda: dit.rms_norm(normal(2, 3, 8), normal(8)),
-    "gated_residual_norm": lambda: dit.gated_residual_norm(normal(2, 3, 8), normal(2, 3, 8), normal(2, 8))[1],
-    "norm_rope": lambda: dit.norm_rope(normal(2, 1, 3, 8), normal(3, 8), normal(2, 3, 8)),
-    "geglu": lambda: dit.geglu(normal(2, 8)),
-    "swiglu": lambda: dit.swiglu(normal(2, 8)),
+    "layer_norm": (dit.layer_norm, (X, ROW, ROW), {"scale": VECTOR, "shift": VECTOR}),
+    "rms_norm": (dit.rms_norm, (X, ROW), {}),
+    "gated_residual_norm": (dit.gated_residual_norm, (X, X, VECTOR), {"norm": "rms"}),
+    "norm_rope": (dit.norm_rope, (X[:, None], TABLE, X), {}),
+    "geglu": (dit.geglu, (X,), {}),
+    "swiglu": (dit.swiglu, (X,), {}),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_pieces_compile(name):
-    call = CALLS[name]
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(), call())
+def test_pieces_run_in_plain_torch_and_compile(name):
+    function, args, options = CALLS[name]
+    assert "plain torch, because CPU tensors" in explain(name, *args, **options)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args, **options), function(*args, **options))
 
 
 def test_tf32_is_read_from_either_setting(monkeypatch):
@@ -80,3 +82,8 @@ def test_tf32_is_read_from_either_setting(monkeypatch):
     for settings in (Old(), New()):
         monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
         assert module._tf32_allowed()
+
+
+def test_tf32_is_a_constant_for_the_compiler():
+    compiled = torch.compile(lambda: torch.ones(1) + module._tf32_allowed(), fullgraph=True, backend="eager")
+    assert compiled().item() == 1 + module._tf32_allowed()
