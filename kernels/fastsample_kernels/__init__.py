@@ -6,7 +6,26 @@ package does not import Triton: the first launch does.
 """
 
 from ._runtime import explain
+from .attention import attention
+from .dit import gated_residual_norm, geglu, layer_norm, norm_rope, qk_norm_rope, rms_norm, swiglu
 from .group_norm import group_norm
+from .patching import Report, patch, unpatch
 from .update import Noise, update
 
-__all__ = ["Noise", "explain", "group_norm", "update"]
+__all__ = [
+    "Noise",
+    "Report",
+    "attention",
+    "explain",
+    "gated_residual_norm",
+    "geglu",
+    "group_norm",
+    "layer_norm",
+    "norm_rope",
+    "patch",
+    "qk_norm_rope",
+    "rms_norm",
+    "swiglu",
+    "unpatch",
+    "update",
+]

@@ -503,3 +503,20 @@ def test_errors() -> None:
         read({"beta_schedule": "squaredcos"})
     with pytest.raises(ValueError, match="prediction_type='noise'"):
         read({"beta_schedule": "linear", "prediction_type": "noise"})
+
+
+def test_kernels_and_solver_are_separate_choices() -> None:
+    kind = KINDS["SD v"]
+    pipe = kind.make()
+    scheduler = pipe.scheduler
+    before = kind.run(pipe, num_inference_steps=3)
+    handle = fs.accelerate(pipe, solver=None, steps=None, kernels=True)
+    assert pipe.scheduler is scheduler
+    assert "group_norm + silu" in str(handle)
+    torch.testing.assert_close(kind.run(pipe, num_inference_steps=3), before)
+    handle.undo()
+    assert not any("forward" in vars(m) for m in pipe.unet.modules())
+    network = fs.accelerate(pipe.unet)
+    assert network.kernels.replaced
+    fs.unaccelerate(pipe.unet)
+    assert not any("forward" in vars(m) for m in pipe.unet.modules())

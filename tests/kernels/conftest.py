@@ -78,9 +78,13 @@ def interpreter_rounds_to_nearest():
         yield
 
 
+# Files that are quick enough for every run; the others, of interpreted and ahead-of-time compiled kernels, take
+# minutes: ``make slow``.
+QUICK = ("test_kernels_patch", "test_kernels_fused_models")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Interpreted and ahead-of-time compiled kernels take minutes: ``make slow`` runs them."""
     here = Path(__file__).parent
     for item in items:
-        if here in item.path.parents:
+        if here in item.path.parents and not item.path.name.startswith(QUICK):
             item.add_marker(pytest.mark.slow)

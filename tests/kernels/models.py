@@ -1,0 +1,159 @@
+"""Small random diffusers models whose sizes the kernels take, with their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+diffusers.logging.set_verbosity_error()
+Case = tuple[nn.Module, Callable[[nn.Module], Tensor]]
+
+
+def _randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unet2d(scale_shift: bool = False) -> Case:
+    torch.manual_seed(0)
+    net = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        resnet_time_scale_shift="scale_shift" if scale_shift else "default",
+    )
+    x = _randn(2, 3, 8, 8)
+    return net, lambda model: model(x, torch.tensor([3, 500])).sample
+
+
+def unet2d_condition() -> Case:
+    torch.manual_seed(1)
+    net = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+    )
+    x, context = _randn(2, 4, 8, 8), _randn(2, 5, 12, seed=1)
+    return net, lambda model: model(x, torch.tensor([3, 500]), encoder_hidden_states=context).sample
+
+
+def autoencoder() -> Case:
+    torch.manual_seed(2)
+    net = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    x = _randn(2, 3, 8, 8)
+    return net, lambda model: model(x).sample
+
+
+def dit() -> Case:
+    torch.manual_seed(3)
+    net = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+    )
+    x = _randn(2, 4, 8, 8)
+    t, labels = torch.tensor([3, 500]), torch.tensor([1, 2])
+    return net.eval(), lambda model: model(x, timestep=t, class_labels=labels).sample
+
+
+def sd3() -> Case:
+    torch.manual_seed(4)
+    net = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=12,
+        pooled_projection_dim=12,
+        out_channels=4,
+    )
+    given: dict[str, Any] = {
+        "hidden_states": _randn(2, 4, 8, 8),
+        "encoder_hidden_states": _randn(2, 5, 12, seed=1),
+        "pooled_projections": _randn(2, 12, seed=2),
+        "timestep": torch.tensor([3.0, 500.0]),
+    }
+    return net, lambda model: model(**given).sample
+
+
+def flux() -> Case:
+    torch.manual_seed(5)
+    net = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=12,
+        axes_dims_rope=(4, 4, 8),
+    )
+    given: dict[str, Any] = {
+        "hidden_states": _randn(2, 9, 4),
+        "encoder_hidden_states": _randn(2, 5, 12, seed=1),
+        "pooled_projections": _randn(2, 12, seed=2),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "img_ids": torch.zeros(9, 3),
+        "txt_ids": torch.zeros(5, 3),
+    }
+    return net, lambda model: model(**given).sample
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "UNet2DModel": unet2d,
+    "UNet2DModel, scale-shift": lambda: unet2d(scale_shift=True),
+    "UNet2DConditionModel": unet2d_condition,
+    "AutoencoderKL": autoencoder,
+    "DiT": dit,
+    "SD3": sd3,
+    "Flux": flux,
+}
+# group norms that run with their activation
+FUSED = {
+    "UNet2DModel": 17,  # two a residual block, and the last one
+    "UNet2DModel, scale-shift": 17,
+    "UNet2DConditionModel": 16,  # its own forward is decorated: the last one is left
+    "AutoencoderKL": 22,
+    "DiT": 0,
+    "SD3": 0,
+    "Flux": 0,
+}
+
+
+def gradients(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The output, and the gradients of a fixed weighting of it with respect to all parameters."""
+    model.zero_grad()
+    out = call(model)
+    weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+    (out * weights).sum().backward()
+    return out.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
