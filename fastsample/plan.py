@@ -175,6 +175,11 @@ class Plan:
         return sum(row.evaluates for row in self.rows)
 
     @property
+    def end_sigma(self) -> float:
+        """The noise left in the result."""
+        return self.values[-1].sigma
+
+    @property
     def stochastic(self) -> bool:
         """Whether any row draws noise."""
         return any(row.noises for row in self.rows)

@@ -189,11 +189,16 @@ def solver_label(solver: Any) -> str:
         return str(solver.get("label", "tuned"))
     if isinstance(solver, str):
         return solver
+    if isinstance(solver, Mapping) and "label" in solver:
+        return str(solver["label"])
+    if isinstance(solver, Mapping) and isinstance(solver.get("_target_"), str):
+        return solver["_target_"].rpartition(".")[2]
     if isinstance(solver, Mapping) and isinstance(solver.get("name"), str):
         options = ", ".join(f"{key}={value}" for key, value in solver.items() if key != "name")
         return f"{solver['name']}({options})" if options else solver["name"]
     raise ValueError(
-        f"solver={solver!r}: give a name, {{name: ddim, eta: 0.5}} or {{plan: tuned.json}} (label: NAME)"
+        f"solver={solver!r}: give a name, {{name: ddim, eta: 0.5}}, {{plan: tuned.json}} or "
+        "{_target_: my.module.sample} (each with label: NAME, too)"
     )
 
 
@@ -222,6 +227,7 @@ def check_names(solver: Any, grid: str | None) -> None:
         ValueError: if one of them is unknown (the nearest name is given).
     """
     from fastsample import grids, solvers
+    from fastsample.bench import peers
 
     solver_label(solver)
     files = plan_files(solver)
@@ -229,15 +235,23 @@ def check_names(solver: Any, grid: str | None) -> None:
         for file in files:
             Plan.load(file)
         return
+    if isinstance(solver, Mapping) and "_target_" in solver:
+        return
     name = solver if isinstance(solver, str) else solver["name"]
     known = sorted({"auto", *solvers.names()})
-    if name not in known:
+    if name.startswith(peers.PREFIX):
+        peers.scheduler_class(name)
+        if grid is not None:
+            raise ValueError(
+                f"solver={name}: diffusers' schedulers have grids of their own; use grids=[null]"
+            )
+    elif name not in known:
         raise unknown("solver", name, known)
     if grid is not None and grid not in grids.names():
         raise unknown("grid", grid, grids.names())
 
 
-def make_sampler(denoiser: Denoiser, solver: Any, steps: int, grid: str | None, end: str | None) -> Sampler:
+def make_sampler(denoiser: Denoiser, solver: Any, steps: int, grid: str | None, end: str | None) -> Any:
     """A sampler from the commands' settings; a solver's own options (``end`` among them) come first.
 
     Raises:
@@ -250,8 +264,17 @@ def make_sampler(denoiser: Denoiser, solver: Any, steps: int, grid: str | None, 
         if len(files) > 1:
             raise ValueError(f"plan={solver['plan']} names {len(files)} files; give the one to use")
         return Sampler(denoiser, plan=files[0])
-    name, options = (solver, {}) if isinstance(solver, str) else (solver["name"], dict(solver))
-    options.pop("name", None)
+    from fastsample.bench import peers
+
+    options = {} if isinstance(solver, str) else dict(solver)
+    options.pop("label", None)
+    if "_target_" in options:
+        if denoiser.sample_shape is None:
+            raise ValueError("a function's evaluations are counted on one sample: give shape=")
+        return peers.FunctionSampler(denoiser, options.pop("_target_"), steps, options, denoiser.sample_shape)
+    name = solver if isinstance(solver, str) else options.pop("name")
+    if name.startswith(peers.PREFIX):
+        return peers.DiffusersSampler(denoiser, name, steps, options)
     for key in ("solver", "steps", "plan", "hooks"):
         if key in options:
             raise ValueError(f"solver={solver_label(solver)}: {key} is no option of a solver")

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ from fastsample.bench.model import (
     resolve_device,
     solver_label,
 )
+from fastsample.bench.peers import PREFIX, FunctionSampler, Peer, installed
 from fastsample.bench.provenance import device_name, provenance
 from fastsample.conf import BenchConfig
 from fastsample.errors import NonFiniteError
@@ -121,7 +122,7 @@ class _Planned:
     """A cell and its sampler."""
 
     cell: Cell
-    sampler: Sampler
+    sampler: Sampler | Peer
 
 
 @dataclass
@@ -262,12 +263,12 @@ class _Job:
             result["rmse"], result["rmse_median"] = rmse(torch.cat(first), solution)
         return result
 
-    def _comparable(self, sampler: Sampler) -> bool:
+    def _comparable(self, sampler: Sampler | Peer) -> bool:
         """Whether a sampler has an error: it draws no noise and ends where the reference solution ends."""
         reference = next(iter(self.references.values())).sampler
         return not sampler.plan.stochastic and _final_sigma(sampler) == _final_sigma(reference)
 
-    def _sample(self, sampler: Sampler, seed: int, index: range) -> Tensor:
+    def _sample(self, sampler: Sampler | Peer, seed: int, index: range) -> Tensor:
         which = torch.arange(index.start, index.stop, device=self.device)
         labels = draw_labels(self.config.labels, self.model.classes, seed, which)
         conditions: dict[str, Any] = {} if labels is None else {"labels": labels}
@@ -316,9 +317,16 @@ class _Job:
 
 def _prepare(config: BenchConfig) -> _Job:
     """Check every setting, cheapest first, and load what the run needs."""
+    notes: list[str] = []
+    wanted = config.solvers
+    if wanted == BenchConfig().solvers and not installed():
+        wanted = [s for s in wanted if not s.startswith(PREFIX)]
+        notes.append(
+            "diffusers is not installed: its samplers are left out (pip install 'fastsample[diffusers]')"
+        )
     with checking():
         _check_numbers(config)
-        for solver, grid in itertools.product([*config.solvers, config.reference.solver], config.grids):
+        for solver, grid in itertools.product([*wanted, config.reference.solver], config.grids):
             check_names(solver, grid)
         device = resolve_device(config.device)
         if config.threads is not None:
@@ -350,13 +358,14 @@ def _prepare(config: BenchConfig) -> _Job:
         "batch": config.batch,
     }
 
-    def cell(solver: Any, steps: int, grid: str | None, seed: int, sampler: Sampler, **more: Any) -> Cell:
+    def cell(
+        solver: Any, steps: int, grid: str | None, seed: int, sampler: Sampler | Peer, **more: Any
+    ) -> Cell:
         plan = hashlib.sha256(sampler.plan.to_json().encode()).hexdigest()
         reference = bool(more.pop("is_reference", False))
         spec = {**identity, "plan": plan, "seed": seed, "reference": more}
         return Cell(solver_label(solver), steps, grid, seed, spec, reference)
 
-    notes: list[str] = []
     with checking("reference"):
         sampler = make_sampler(denoiser, config.reference.solver, config.reference.steps, None, config.end)
         if sampler.plan.stochastic:
@@ -376,10 +385,16 @@ def _prepare(config: BenchConfig) -> _Job:
         )
         for seed in config.seeds
     }
+    one_label = draw_labels(config.labels, model.classes, 0, torch.zeros(1, dtype=torch.int64))
+    one_condition = {} if one_label is None else {"labels": one_label.to(device)}
+
+    def count(sampler: FunctionSampler) -> None:
+        sampler.count(lambda: tally.evaluations, one_condition)
+
     planned: list[_Planned] = []
-    for solver, grid in itertools.product(config.solvers, config.grids):
+    for solver, grid in itertools.product(wanted, config.grids):
         with checking(f"solver {solver_label(solver)}" + (f" on grid {grid}" if grid else "")):
-            samplers = _samplers(config, denoiser, solver, grid, notes)
+            samplers = _samplers(config, denoiser, solver, grid, notes, count)
         for sampler, seed in itertools.product(samplers, config.seeds):
             one = cell(solver, sampler.plan.steps, grid, seed, sampler, key=references[seed].cell.key)
             planned.append(_Planned(one, sampler))
@@ -458,8 +473,13 @@ def _metrics(
 
 
 def _samplers(
-    config: BenchConfig, denoiser: Any, solver: Any, grid: str | None, notes: list[str]
-) -> list[Sampler]:
+    config: BenchConfig,
+    denoiser: Any,
+    solver: Any,
+    grid: str | None,
+    notes: list[str],
+    count: Callable[[FunctionSampler], None],
+) -> list[Any]:
     """The solver's samplers at the steps or within the budgets asked for, without duplicates; all plan files."""
     files = plan_files(solver)
     if files is not None:
@@ -469,17 +489,21 @@ def _samplers(
         if len(samplers) < len(files):
             raise ValueError(f"plan={solver['plan']}: two of its plans have the same number of evaluations")
         return [samplers[nfe] for nfe in sorted(samplers)]
-    if config.steps is not None:
-        return [
-            make_sampler(denoiser, solver, steps, grid, config.end) for steps in sorted(set(config.steps))
-        ]
-    made: dict[int, Sampler] = {}
+    made: dict[int, Any] = {}
+
+    def make(steps: int) -> Any:
+        sampler = make_sampler(denoiser, solver, steps, grid, config.end)
+        if isinstance(sampler, FunctionSampler):
+            count(sampler)
+        return sampler
 
     def nfe(steps: int) -> int:
         if steps not in made:
-            made[steps] = make_sampler(denoiser, solver, steps, grid, config.end)
+            made[steps] = make(steps)
         return made[steps].plan.nfe
 
+    if config.steps is not None:
+        return [make(steps) for steps in sorted(set(config.steps))]
     chosen: set[int] = set()
     for budget in sorted(set(config.nfe)):
         # most solvers take one evaluation a step; the number never falls with more steps
@@ -491,8 +515,8 @@ def _samplers(
     return [made[steps] for steps in sorted(chosen)]
 
 
-def _final_sigma(sampler: Sampler) -> float:
-    return sampler.plan.values[-1].sigma
+def _final_sigma(sampler: Sampler | Peer) -> float:
+    return sampler.plan.end_sigma
 
 
 def _png(image: Tensor) -> str:

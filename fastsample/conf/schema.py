@@ -66,8 +66,23 @@ class BenchConfig:
         "Embedded model by name, or your own: model._target_=my.module.make_model model.ARGUMENT=VALUE.",
     )
     solvers: list[Any] = option(
-        ["auto", "ddim", "lms", "ipndm", "deis", "dpm_solver_2m", "dpmpp_2m", "dpmpp_3m", "unipc"],
-        "Solvers by name, or with options: 'solvers=[auto,{name: ddim, eta: 1}]'.",
+        [
+            "auto",
+            "ddim",
+            "lms",
+            "ipndm",
+            "deis",
+            "dpm_solver_2m",
+            "dpmpp_2m",
+            "dpmpp_3m",
+            "unipc",
+            "diffusers:ddim",
+            "diffusers:dpmpp_2m",
+            "diffusers:unipc",
+        ],
+        "Solvers by name, or with options: 'solvers=[auto,{name: ddim, eta: 1}]'. diffusers:NAME is a scheduler "
+        "of diffusers, {plan: FILE} a tuned plan, {_target_: my.module.sample} a function "
+        "(denoiser, noise, steps, **conditions) -> samples.",
     )
     nfe: list[int] = option(
         [4, 5, 6, 8, 10, 15, 20, 50],
