@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fastsample import __version__
 from fastsample.bench.cells import Cell, DamagedCell, digest
+from fastsample.bench.claims import claimed
 from fastsample.bench.data import ImageSet, embedded_data, load_images
 from fastsample.bench.errors import DISK_FULL, UserError, checking
 from fastsample.bench.model import (
@@ -176,10 +177,22 @@ class _Job:
             # the first call pays for memory and kernels; no cell's time should
             self._sample(planned.sampler, planned.cell.seed, range(min(self.config.n, self.config.batch)))
             with _progress(sum(p.sampler.plan.nfe for p in todo)) as advance:
-                for planned in todo:
-                    started = time.perf_counter()
-                    planned.cell.write(out / "cells", self._measure(planned), where)
-                    advance(planned, time.perf_counter() - started)
+                # Cells that another worker has in hand are looked at again at the end, then waited for. The
+                # others need the reference solutions, so these are waited for at once.
+                waiting = list(todo)
+                for last in (False, True):
+                    held: list[_Planned] = []
+                    for planned in waiting:
+                        wait = last or planned.cell.reference
+                        with claimed(out / "cells" / planned.cell.filename, wait) as mine:
+                            if not mine:
+                                held.append(planned)
+                                continue
+                            started = time.perf_counter()
+                            if not self._finished(planned.cell):
+                                planned.cell.write(out / "cells", self._measure(planned), where)
+                            advance(planned, time.perf_counter() - started)
+                    waiting = held
         except NonFiniteError as error:
             raise UserError(
                 f"{planned.cell.solver}, {planned.cell.steps} steps, seed {planned.cell.seed}: {error}; the "

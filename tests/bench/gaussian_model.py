@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ class KilledNet(GaussianNet):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         type(self).calls += 1
+        time.sleep(float(os.environ.get("CALL_SECONDS", "0")))
         with open(self.log, "a") as file:
             file.write(f"{len(x)}\n")
         if self.calls == self.kill_at:
@@ -100,6 +102,7 @@ def make_killed(log: str, kill_at: int = 0) -> fs.Denoiser:
     net = KilledNet(process, 0.2, log, 0)
     # what does not change the results is not part of the model's identity
     net.kill_at = int(os.environ.get("KILL_AT", kill_at))
+    net.log = os.environ.get("CALL_LOG", log)
     return fs.wrap(net, process, prediction="eps", sample_shape=SHAPE)
 
 
