@@ -25,7 +25,9 @@ _SUMMARY = {
     "sample": "write images (PNG) and a grid of them",
     "bench": "measure solvers against steps and time; writes report.html, results.json, results.csv",
     "tune": "fit a solver to a model: the same quality in fewer evaluations, as a small JSON file",
-    "report": "write the report of a run again, also of an unfinished one",
+    "report": "write the report of a run again, also of an unfinished one or of several runs together",
+    "compare": "what got better or worse between two runs, beyond the uncertainty; an exit status for CI",
+    "doctor": "what works here (devices, kernels, metrics, libraries), and why not what does not",
 }
 
 _EXAMPLES = {
@@ -48,7 +50,13 @@ fastsample sample 'solver={plan: runs/tuned/tuned-5.json}'
 fastsample tune model._target_=my.module.make_model shape=[3,32,32] steps=6 budget='10 min'""",
     "report": """\
 fastsample report run=runs/bench
-fastsample report run=runs/bench out=public/bench""",
+fastsample report run=runs/bench out=public/bench
+fastsample report runs=[runs/bench,runs/student] out=runs/both""",
+    "compare": """\
+fastsample compare a=runs/main b=runs/change
+fastsample compare a=runs/main b=runs/change gate=true""",
+    "doctor": """\
+fastsample doctor                                   # nothing is downloaded""",
 }
 
 
@@ -127,7 +135,7 @@ def _task(command: str, line: str, debugging: bool) -> Callable[[DictConfig], No
 
         config: Any = OmegaConf.to_object(settings)
         hydra_config = HydraConfig.get()
-        if hydra_config.mode == RunMode.MULTIRUN:
+        if hydra_config.mode == RunMode.MULTIRUN and hasattr(config, "out"):
             config.out = hydra_config.runtime.output_dir
         from fastsample.bench.errors import DISK_FULL, UserError
 
@@ -137,7 +145,8 @@ def _task(command: str, line: str, debugging: bool) -> Callable[[DictConfig], No
             disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
             if debugging or not (isinstance(error, UserError) or disk_full):
                 raise
-            _fail(command, f"out={config.out}: {error}; free some space" if disk_full else str(error))
+            out = getattr(config, "out", None)
+            _fail(command, f"out={out}: {error}; free some space" if disk_full else str(error))
 
     return task
 
@@ -162,9 +171,29 @@ def _tune(config: Any, line: str) -> None:
 
 
 def _report(config: Any, line: str) -> None:
-    from fastsample.bench.report import render_run
+    from fastsample.bench.report import render_runs
 
-    print(f"report: {render_run(Path(config.run), Path(config.out) if config.out else None)}")
+    folders = [config.run] if config.runs is None else config.runs
+    print(f"report: {render_runs(list(map(Path, folders)), Path(config.out) if config.out else None)}")
+
+
+def _compare(config: Any, line: str) -> None:
+    from fastsample.bench.compare import compare
+    from fastsample.bench.errors import UserError
+
+    for name in ("a", "b"):
+        if getattr(config, name) is None:
+            raise UserError(f"{name}= is missing: fastsample compare a=runs/before b=runs/after")
+    text, worse = compare(Path(config.a), Path(config.b))
+    print(text)
+    if worse and config.gate:
+        raise SystemExit(1)
+
+
+def _doctor(config: Any, line: str) -> None:
+    from fastsample.doctor import examine
+
+    print(examine())
 
 
 _RUN: dict[str, Callable[[Any, str], None]] = {
@@ -172,6 +201,8 @@ _RUN: dict[str, Callable[[Any, str], None]] = {
     "bench": _bench,
     "tune": _tune,
     "report": _report,
+    "compare": _compare,
+    "doctor": _doctor,
 }
 
 

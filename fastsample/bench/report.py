@@ -8,43 +8,90 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastsample.bench.errors import checking
+from fastsample.bench.errors import UserError, checking
 from fastsample.bench.model import solver_label
-from fastsample.bench.results import collect, summary, to_csv
+from fastsample.bench.results import collect, merge, summary, to_csv
 from fastsample.metrics.frechet import RELIABLE_RATIO
 from fastsample.plan import write_atomically
 
-__all__ = ["render", "render_run"]
+__all__ = ["markdown", "render", "render_run", "render_runs"]
 
 
 def render_run(run: Path, out: Path | None = None) -> Path:
-    """Write results.json, results.csv and report.html of a run folder, finished or not.
+    """:func:`render_runs` of one folder, into that folder by default."""
+    return render_runs([run], out)
+
+
+def render_runs(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Write results.json, results.csv, report.html and report.md of run folders, finished or not.
 
     Args:
-        run: folder of a benchmark run.
-        out: where to write; the run folder by default.
+        runs: folders of benchmark runs; several are put on one axis.
+        out: where to write; by default the folder of a single run, "runs/merged" for several.
 
     Returns:
         Path of report.html.
 
     Raises:
-        UserError: if the folder is not a run, or nothing is finished in it.
+        UserError: if a folder is not a run, nothing is finished in it, or the runs cannot share an axis.
     """
-    results = collect(run)
+    if not runs:
+        raise UserError("runs=[]: give at least one run folder")
+    results = merge([collect(run) for run in runs], [run.name for run in runs])
     data = summary(results)
     pictures = {p.label + f"/{p.steps}": p.cells[0]["result"]["images"] for p in results.points}
     reference = results.reference
     if reference is not None:
         pictures["reference"] = reference.cells[0]["result"]["images"]
-    folder = run if out is None else out
+    folder = out if out is not None else runs[0] if len(runs) == 1 else Path("runs/merged")
     with checking(f"out={folder}"):
         write_atomically(folder / "results.json", json.dumps(data, indent=1).encode())
         write_atomically(folder / "results.csv", to_csv(data).encode())
+        write_atomically(folder / "report.md", markdown(data).encode())
         write_atomically(folder / "report.html", render(data, pictures).encode())
     return folder / "report.html"
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """The report for a pull request: the headline and one table, a row a solver, a column a budget."""
+    title, details = headline_text(data)
+    run = data["run"]
+    budgets = sorted({row["nfe"] for row in data["points"]})
+    metric = run["metrics"][0] if run["metrics"] else None
+    split = next(iter(run["splits"]), None)
+    what = (
+        f"{metric} to the {split} images, +- two standard errors"
+        if metric
+        else "RMSE to the converged solution"
+    )
+    lines = [f"## {title}", "", details, "", f"{what}, by counted evaluations:", ""]
+    lines.append("| sampler | " + " | ".join(f"{b:g}" for b in budgets) + " |")
+    lines.append("|---" * (len(budgets) + 1) + "|")
+    for label in dict.fromkeys(row["label"] for row in data["points"]):
+        cells = []
+        for budget in budgets:
+            row = next((r for r in data["points"] if (r["label"], r["nfe"]) == (label, budget)), None)
+            if row is None:
+                cells.append("")
+            elif metric is None:
+                cells.append(number(row["rmse"]))
+            else:
+                entry = row["metrics"][metric][split]
+                text = with_error(entry["value"], entry["se"])
+                cells.append(f"**{text}**" if entry["place"] == "best" else text)
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    best = (
+        "**Bold**: best at that budget beyond two standard errors of the paired difference. "
+        if metric
+        else ""
+    )
+    command = run["command"] or "fastsample bench"
+    lines += ["", f"{best}Made by `{command}`, {run['provenance'].get('commit') or 'no commit'}.", ""]
+    return "\n".join(lines)
 
 
 def render(data: dict[str, Any], pictures: dict[str, list[str]]) -> str:
@@ -83,12 +130,7 @@ def render(data: dict[str, Any], pictures: dict[str, list[str]]) -> str:
             else None
         ),
         "shape": run["model"]["shape"],
-        # in the order that the user named them
-        "labels": [
-            f"{solver_label(solver)} on {grid}" if grid else solver_label(solver)
-            for solver in run["config"]["solvers"]
-            for grid in run["config"]["grids"]
-        ],
+        "labels": _labels(data),
     }
     return environment.get_template("report.html.j2").render(
         title=title,
@@ -100,6 +142,18 @@ def render(data: dict[str, Any], pictures: dict[str, list[str]]) -> str:
         ratio=RELIABLE_RATIO,
         page=page,
     )
+
+
+def _labels(data: dict[str, Any]) -> list[str]:
+    """The samplers in the order that the user named them; those of other runs behind."""
+    config = data["run"]["config"]
+    named = [
+        f"{solver_label(solver)} on {grid}" if grid else solver_label(solver)
+        for solver in config["solvers"]
+        for grid in config["grids"]
+    ]
+    present = list(dict.fromkeys(row["label"] for row in data["points"]))
+    return [label for label in named if label in present] + [label for label in present if label not in named]
 
 
 def _for_page(row: dict[str, Any]) -> dict[str, Any]:

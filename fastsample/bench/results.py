@@ -146,6 +146,45 @@ def collect(run: Path) -> Results:
     return Results(manifest, tuple(points), references, missing + len(damaged), tuple(damaged))
 
 
+def merge(runs: Sequence[Results], names: Sequence[str]) -> Results:
+    """Several runs on one axis.
+
+    Points keep their labels where those differ; equal ones get the run's name in front. The model, the reference
+    solution and the provenance shown are those of the first run.
+
+    Args:
+        runs: at least one.
+        names: what the runs are called.
+
+    Raises:
+        UserError: runs with other metrics, images or numbers of samples.
+    """
+    first = runs[0]
+    for run, name in zip(runs[1:], names[1:], strict=True):
+        for what, mine, theirs in (
+            ("metrics", first.metrics, run.metrics),
+            ("images", first.manifest["splits"], run.manifest["splits"]),
+            ("shape", first.manifest["model"]["shape"], run.manifest["model"]["shape"]),
+            ("n", first.manifest["config"]["n"], run.manifest["config"]["n"]),
+        ):
+            if mine != theirs:
+                raise UserError(f"runs={names[0]} and {name} cannot share an axis: their {what} differ")
+    taken = [{(p.label) for p in run.points} for run in runs]
+    points = []
+    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+        others = set().union(*(labels for j, labels in enumerate(taken) if j != i))
+        for p in run.points:
+            solver = f"{name}: {p.solver}" if p.label in others else p.solver
+            points.append(Point(solver, p.grid, p.steps, p.cells))
+    return Results(
+        first.manifest,
+        tuple(sorted(points, key=lambda p: p.nfe)),
+        first.references,
+        sum(run.missing for run in runs),
+        tuple(text for run in runs for text in run.damaged),
+    )
+
+
 def leaders(points: Sequence[Point], metric: str, split: str) -> dict[str, list[Point]]:
     """At each number of evaluations that several points share: the points that nothing beats.
 
@@ -304,6 +343,9 @@ def _row(point: Point, results: Results) -> dict[str, Any]:
         "nfe": point.nfe,
         "rows_per_sample": point.mean("rows_per_sample"),
         "seconds_per_sample": point.seconds_per_sample,
+        "images_per_second": 1 / point.seconds_per_sample,
+        "flops_per_sample": first["flops_per_sample"],
+        "peak_memory_bytes": first["peak_memory_bytes"],
         "rmse": point.mean("rmse"),
         "rmse_median": point.mean("rmse_median"),
         "stochastic": first["stochastic"],
@@ -330,6 +372,9 @@ def to_csv(data: dict[str, Any]) -> str:
         "nfe",
         "rows_per_sample",
         "seconds_per_sample",
+        "images_per_second",
+        "flops_per_sample",
+        "peak_memory_bytes",
         "n",
         "rmse",
         "rmse_median",

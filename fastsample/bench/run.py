@@ -28,6 +28,7 @@ from torch import Tensor
 from fastsample import __version__
 from fastsample.bench.cells import Cell, DamagedCell, digest
 from fastsample.bench.claims import claimed
+from fastsample.bench.cost import PeakMemory, network_flops
 from fastsample.bench.data import ImageSet, embedded_data, load_images
 from fastsample.bench.errors import DISK_FULL, UserError, checking
 from fastsample.bench.model import (
@@ -137,6 +138,7 @@ class _Job:
     references: dict[int, _Planned]
     planned: list[_Planned]
     notes: list[str]
+    flops: int
 
     # -- the whole run ---------------------------------------------------------------------------------------
 
@@ -156,6 +158,7 @@ class _Job:
                 "shape": list(self.model.shape),
                 "labelled": self.config.labels is not None and self.model.classes is not None,
                 "identity": self.model.identity,
+                "flops_per_row": self.flops,
             },
             "metrics": [m.name for m in self.metrics],
             "splits": {
@@ -227,6 +230,7 @@ class _Job:
         seconds: list[float] = []
         total = 0.0
         self.tally.reset()
+        memory = PeakMemory(self.device)
         for start in range(0, n, self.config.batch):
             index = range(start, min(n, start + self.config.batch))
             began = time.perf_counter()
@@ -249,6 +253,9 @@ class _Job:
             "rows_per_sample": self.tally.rows / n,
             "seconds_per_sample": statistics.median_low(seconds),
             "seconds": total,
+            "images_per_second": 1 / statistics.median_low(seconds),
+            "flops_per_sample": self.flops * self.tally.rows // n,
+            "peak_memory_bytes": memory.bytes(),
             "stochastic": sampler.plan.stochastic,
             "plan": repr(sampler.plan),
             "notes": list(sampler.plan.notes),
@@ -414,7 +421,8 @@ def _prepare(config: BenchConfig) -> _Job:
     if not planned:
         raise UserError(f"nfe={config.nfe}: no solver has a plan within these budgets")
     planned.sort(key=lambda p: p.sampler.plan.nfe)
-    return _Job(config, model, device, tally, metrics, splits, references, planned, notes)
+    flops = network_flops(model.denoiser, model.shape, one_condition)
+    return _Job(config, model, device, tally, metrics, splits, references, planned, notes, flops)
 
 
 def _check_numbers(config: BenchConfig) -> None:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from fastsample.conf.schema import BenchConfig, ReferenceConfig, ReportConfig, SampleConfig, TuneConfig
+from fastsample.conf.schema import (
+    BenchConfig,
+    CompareConfig,
+    DoctorConfig,
+    ReferenceConfig,
+    ReportConfig,
+    SampleConfig,
+    TuneConfig,
+)
 
 __all__ = [
     "COMMANDS",
@@ -19,6 +27,8 @@ COMMANDS: dict[str, type] = {
     "bench": BenchConfig,
     "tune": TuneConfig,
     "report": ReportConfig,
+    "compare": CompareConfig,
+    "doctor": DoctorConfig,
 }
 
 

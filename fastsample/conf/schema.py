@@ -188,6 +188,24 @@ class ReportConfig:
     """Settings of ``fastsample report``."""
 
     run: str = option("runs/bench", "Run folder of ``fastsample bench``.")
-    out: str | None = option(
-        None, "Folder for report.html, results.json and results.csv; null: the run folder."
+    runs: list[str] | None = option(
+        None, "Several run folders on one axis, instead of run=; they need the same metrics and images."
     )
+    out: str | None = option(
+        None,
+        "Folder for report.html, results.json and results.csv; null: the run folder (runs=: runs/merged).",
+    )
+
+
+@dataclass
+class CompareConfig:
+    """Settings of ``fastsample compare``."""
+
+    a: str | None = option(None, "Run folder, before.")
+    b: str | None = option(None, "Run folder, after.")
+    gate: bool = option(False, "Exit with status 1 when any distance got worse beyond two standard errors.")
+
+
+@dataclass
+class DoctorConfig:
+    """Settings of ``fastsample doctor``: none."""

@@ -179,11 +179,16 @@ class FeatureExtractor:
         return self(torch.zeros(1, *image_shape, dtype=torch.uint8)).shape[1]
 
 
+def inception_file() -> Path:
+    """Where torch-fidelity looks for the Inception weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE
+
+
 def _inception_weights(path: str | os.PathLike[str] | None) -> Path:
     """The checked Inception weights file: given, cached, or downloaded."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE
+    cached = inception_file()
     remedy = (
         f"get {URL_INCEPTION_V3} on a machine with network, put it at {cached}, or pass its path "
         "(weights=FILE; inception_weights=FILE on the command line)"

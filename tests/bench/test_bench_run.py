@@ -173,13 +173,14 @@ def test_killed_and_started_again_redoes_nothing_finished(images: dict[str, str]
         f"train={images['train']}",
     ]
     where = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    # warm-up 16, reference 16 and its check 8, ddim 4, dpmpp_2m 4; then it dies in the third evaluation
+    # one row for the operations' count, warm-up 16, reference 16 and its check 8, ddim 4, dpmpp_2m 4; then it
+    # dies in the third evaluation
     environment = {**os.environ, **where}
-    killed = subprocess.run(command, env={**environment, "KILL_AT": "51"}, capture_output=True, text=True)
+    killed = subprocess.run(command, env={**environment, "KILL_AT": "52"}, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     before = {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in (out / "cells").glob("*.json")}
     assert len(before) == 3
-    assert len(log.read_text().splitlines()) == 51
+    assert len(log.read_text().splitlines()) == 52
     assert not (out / "report.html").exists()
 
     log.unlink()
@@ -190,7 +191,8 @@ def test_killed_and_started_again_redoes_nothing_finished(images: dict[str, str]
     assert len(after) == 5
     assert {name: after[name] for name in before} == before
     rows = [int(line) for line in log.read_text().splitlines()]
-    assert rows == [64] * (8 + 8 + 8)  # warm-up and two cells of 8 evaluations
+    # the operations' count, warm-up and two cells of 8 evaluations
+    assert rows == [1] + [64] * (8 + 8 + 8)
     assert (out / "report.html").exists()
     assert not list(out.rglob(".*"))
 
@@ -371,3 +373,32 @@ def test_intervals_cover_with_balanced_labels_and_are_shorter_than_with_free_one
             covered += name == "balanced" and abs(e.value - exact) <= 2 * e.se
     assert 0.89 <= covered / repeats <= 1.0
     assert ses["balanced"] < ses["free"] / 1.5
+
+
+def test_operations_are_those_of_the_layers(settings: Settings) -> None:
+    """Counted by hand for a network of one convolution and one matrix product; guidance counts twice."""
+    from torch import nn
+
+    from fastsample.bench.cost import network_flops
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(8, 8)
+            self.back = nn.Conv2d(4, 1, 1)
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.back(self.linear(self.conv(x)))
+
+    by_hand = 2 * 64 * (4 * 9) + 2 * 4 * 8 * 8 * 8 + 2 * 64 * 4
+    denoiser = fs.wrap(Net(), fs.VP.linear(), sample_shape=(1, 8, 8))
+    assert network_flops(denoiser, (1, 8, 8), {}) == by_hand
+    config = settings(
+        model="digits", solvers=["ddim"], nfe=[4], n=20, guidance=2.0, metrics=[], train=None, heldout=None
+    )
+    bench(config)
+    data = json.loads((Path(config.out) / "results.json").read_text())
+    (point,) = data["points"]
+    assert point["flops_per_sample"] == 2 * 4 * data["run"]["model"]["flops_per_row"] > 0
+    assert point["images_per_second"] == pytest.approx(1 / point["seconds_per_sample"])
+    assert point["peak_memory_bytes"] is None
