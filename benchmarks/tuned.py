@@ -1,0 +1,118 @@
+"""Tuned plans beside every training-free solver on the embedded digits models: the table of results.
+
+    fastsample tune model=digits steps=[3,4,5,6,8,10] out=runs/tuned
+    fastsample bench 'solvers=[auto,ddim,lms,ipndm,deis,dpm_solver_2m,dpmpp_2m,dpmpp_3m,unipc,{plan: runs/tuned}]' \\
+        nfe=[3,4,5,6,8,10] n=2000 reference.n=2000 seeds=[0,1,2] out=runs/tuned-bench
+    python benchmarks/tuned.py --run runs/tuned-bench --plans runs/tuned
+
+For the mixture, plans are tuned here (a few seconds each) and measured on 512 noises that the fit has not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+import fastsample as fs
+from fastsample.zoo.mixture import digits_mixture
+
+NFE = (3, 4, 5, 6, 8, 10)
+
+
+def mixture() -> list[str]:
+    """Rows of error to the exact solution: auto and tuned."""
+    denoiser = fs.zoo.load("digits-mixture")
+    noise = fs.noise.normal((512, 1, 8, 8), 0, torch.arange(512), dtype=torch.float64)
+    exact = digits_mixture().reference(noise * float(denoiser.process.sigma(999.0)), denoiser.process).x
+
+    def cell(sampler: fs.Sampler) -> str:
+        e = (sampler(noise=noise) - exact).square().flatten(1).mean(1)
+        return f"{float(e.mean().sqrt()):.4f} / {float(e.sqrt().median()):.4f}"
+
+    rows = {"`auto`": [], "tuned": []}
+    for n in NFE:
+        rows["`auto`"].append(cell(fs.Sampler(denoiser, steps=n)))
+        rows["tuned"].append(cell(fs.Sampler(denoiser, plan=fs.tune(denoiser, n, seed=0))))
+    return [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
+
+
+def network(run: Path) -> list[str]:
+    """Rows of RMSE and Frechet distance of every solver of a finished run."""
+    data = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    lines = []
+    for label in dict.fromkeys(p["label"] for p in data["points"]):
+        cells = []
+        for n in NFE:
+            point = next((p for p in data["points"] if p["label"] == label and p["nfe"] == n), None)
+            if point is None:
+                cells.append("")
+                continue
+            (by,) = point["metrics"].values()
+            place = by["train"]["place"]
+            distance = f"{by['train']['value']:.3f} +- {2 * by['train']['se']:.3f}"
+            cells.append(f"{point['rmse']:.4f}; {f'**{distance}**' if place == 'best' else distance}")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    reference = data["reference"]
+    (by,) = reference["metrics"].values()
+    lines.append("")
+    lines.append(f"The model's own solution: {by['train']['value']:.3f} +- {2 * by['train']['se']:.3f}.")
+    return lines
+
+
+def fits(folder: Path) -> list[str]:
+    """Rows of what each fit took."""
+    lines = []
+    for n in NFE:
+        record = fs.Plan.load(folder / f"tuned-{n}.json").options["record"]
+        gap = record["heldout_rmse"] / record["training_rmse"]
+        lines.append(
+            f"| {n} | {record['start_rmse']:.4f} | {record['heldout_rmse']:.4f} | {gap:.2f} | "
+            f"{record['evaluations']:,} | {record['evaluations_per_batch']:.0f} |"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, default=Path("runs/tuned-bench"))
+    parser.add_argument("--plans", type=Path, default=Path("runs/tuned"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tuned-digits.md"))
+    arguments = parser.parse_args()
+    budgets = "".join(f" {n} |" for n in NFE)
+    rule = "|---" * (len(NFE) + 1) + "|"
+    lines = [
+        "# Tuned plans on the digits models",
+        "",
+        "Digits mixture, RMSE / median over samples to the exact solution, 512 unseen noises, by evaluations:",
+        "",
+        f"| |{budgets}",
+        rule,
+        *mixture(),
+        "",
+        "Digits network: RMSE to its own solution; `fd-digits` to the training images, +- two standard errors "
+        "(bold: best at that budget beyond them, paired):",
+        "",
+        f"| |{budgets}",
+        rule,
+        *network(arguments.run),
+        "",
+        "What the fits took: error of the start and of the result on held-out noise, the result's error there "
+        "over that on the noise it was fitted to, evaluations, and these as a multiple of sampling the "
+        "trajectories once.",
+        "",
+        "| evaluations | start | tuned | held-out / fitted | spent | times |",
+        "|---|---|---|---|---|---|",
+        *fits(arguments.plans),
+        "",
+    ]
+    arguments.out.write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
