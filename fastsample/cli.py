@@ -159,8 +159,11 @@ def _sample(config: Any, line: str) -> None:
 
 def _bench(config: Any, line: str) -> None:
     from fastsample.bench.run import bench
+    from fastsample.distributed import rank_and_size
 
-    print(f"report: {bench(config, command=line)}")
+    path = bench(config, command=line)
+    if rank_and_size()[0] == 0:
+        print(f"report: {path}")
 
 
 def _tune(config: Any, line: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsample.denoiser import Bound, Denoiser
+from fastsample.distributed import device_of_rank
 from fastsample.errors import unknown
 from fastsample.metrics.statistics import GROUPS
 from fastsample.noise import philox
@@ -340,12 +341,15 @@ def counted(denoiser: Denoiser) -> tuple[Denoiser, Tally]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``"auto"`` is CUDA where there is one.
+    """``"auto"`` is CUDA where there is one; in a launched run, what the launcher gave to this process.
 
     Raises:
         ValueError: if the device does not exist here.
     """
     if device == "auto":
+        own = device_of_rank()
+        if own is not None:
+            return own
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)

@@ -17,7 +17,7 @@ import sys
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from fastsample.bench.model import (
 from fastsample.bench.peers import PREFIX, FunctionSampler, Peer, installed
 from fastsample.bench.provenance import device_name, provenance
 from fastsample.conf import BenchConfig
+from fastsample.distributed import decided, rank_and_size, summed
 from fastsample.errors import NonFiniteError
 from fastsample.metrics import (
     FeatureExtractor,
@@ -88,7 +89,7 @@ def bench(config: BenchConfig, command: str | None = None) -> Path:
     with _disk(config):
         job = _prepare(config)
         job.execute(command)
-        return render_run(Path(config.out))
+        return render_run(Path(config.out)) if rank_and_size()[0] == 0 else Path(config.out) / "report.html"
 
 
 @contextmanager
@@ -167,12 +168,14 @@ class _Job:
             "notes": self.notes,
             "cells": [p.cell.filename for p in everything],
         }
-        write_atomically(out / "run.json", json.dumps(manifest, indent=1).encode())
+        first = rank_and_size()[0] == 0
+        if first:
+            write_atomically(out / "run.json", json.dumps(manifest, indent=1).encode())
 
-        todo = [p for p in everything if not self._finished(p.cell)]
-        print(
-            f"{len(everything) - len(todo)} of {len(everything)} cells are finished already", file=sys.stderr
-        )
+        todo = [p for p in everything if not decided(first and self._finished(p.cell))]
+        if first:
+            done = len(everything) - len(todo)
+            print(f"{done} of {len(everything)} cells are finished already", file=sys.stderr)
         if not todo:
             return
         planned = todo[0]
@@ -187,13 +190,16 @@ class _Job:
                     held: list[_Planned] = []
                     for planned in waiting:
                         wait = last or planned.cell.reference
-                        with claimed(out / "cells" / planned.cell.filename, wait) as mine:
-                            if not mine:
+                        file = out / "cells" / planned.cell.filename
+                        with claimed(file, wait) if first else nullcontext(False) as claim:
+                            if not decided(claim):
                                 held.append(planned)
                                 continue
                             started = time.perf_counter()
-                            if not self._finished(planned.cell):
-                                planned.cell.write(out / "cells", self._measure(planned), where)
+                            if not decided(first and self._finished(planned.cell)):
+                                result = self._measure(planned)
+                                if result is not None:
+                                    planned.cell.write(out / "cells", result, where)
                             advance(planned, time.perf_counter() - started)
                     waiting = held
         except NonFiniteError as error:
@@ -215,7 +221,12 @@ class _Job:
 
     # -- one cell --------------------------------------------------------------------------------------------
 
-    def _measure(self, planned: _Planned) -> dict[str, Any]:
+    def _measure(self, planned: _Planned) -> dict[str, Any] | None:
+        """The cell's result; None on all processes of a launched run but the first.
+
+        Batches are shared out by their number, and what they give is added up: the result is that of one process,
+        beyond the rounding of sums.
+        """
         cell, sampler, n = planned.cell, planned.sampler, self.config.n
         compared = min(n, self.config.reference.n) if self._comparable(sampler) else 0
         moments = [GroupedMoments(m.dim) for m in self.metrics]
@@ -225,36 +236,44 @@ class _Job:
             and pixels <= _KEEP_BYTES
             and all(isinstance(s.source, Tensor) for s in self.splits.values())
         )
-        images: list[Tensor] = []
-        first: list[Tensor] = []
-        seconds: list[float] = []
-        total = 0.0
+        kept = n if keep_pixels else min(n, self.config.images)
+        shown = torch.zeros(kept, *self.model.shape, dtype=torch.uint8)
+        x0 = torch.zeros(compared, *self.model.shape)
+        rank, ranks = rank_and_size()
+        starts = range(0, n, self.config.batch)
+        seconds = torch.zeros(len(starts), dtype=torch.float64)  # a sample, of each batch
         self.tally.reset()
         memory = PeakMemory(self.device)
-        for start in range(0, n, self.config.batch):
-            index = range(start, min(n, start + self.config.batch))
+        for i in range(rank, len(starts), ranks):
+            index = range(starts[i], min(n, starts[i] + self.config.batch))
             began = time.perf_counter()
             x = self._sample(sampler, cell.seed, index)
-            elapsed = time.perf_counter() - began
-            total += elapsed
-            if len(index) == self.config.batch or not seconds:
-                seconds.append(elapsed / len(index))
+            seconds[i] = (time.perf_counter() - began) / len(index)
             quantised = to_uint8(x)
             for measure, moment in zip(self.metrics, moments, strict=True):
                 moment.update(measure.extractor(quantised), index)
-            if keep_pixels or start < self.config.images:
-                images.append(quantised.cpu())
-            if start < compared:
-                first.append(x[: compared - start].cpu())
-        shown = torch.cat(images) if images else torch.empty(0, *self.model.shape, dtype=torch.uint8)
+            for whole, part in ((shown, quantised), (x0, x)):
+                part = part[: max(0, len(whole) - index.start)].cpu()
+                whole[index.start : index.start + len(part)] = part
+        for moment in moments:
+            moment.counts, moment.sums, moment.outer = map(summed, (moment.counts, moment.sums, moment.outer))
+        counts = torch.tensor([self.tally.evaluations, self.tally.rows], dtype=torch.float64)
+        shown, x0, seconds, counts = map(summed, (shown, x0, seconds, counts))
+        if rank:
+            return None
+        evaluations, rows = counts.tolist()
+        whole_batches = seconds[: max(1, n // self.config.batch)]  # a ragged last one has another cost
+        typical = statistics.median_low(whole_batches.tolist())
         result: dict[str, Any] = {
             "n": n,
-            "nfe": self.tally.evaluations / n,
-            "rows_per_sample": self.tally.rows / n,
-            "seconds_per_sample": statistics.median_low(seconds),
-            "seconds": total,
-            "images_per_second": 1 / statistics.median_low(seconds),
-            "flops_per_sample": self.flops * self.tally.rows // n,
+            "nfe": evaluations / n,
+            "rows_per_sample": rows / n,
+            "seconds_per_sample": typical,
+            "seconds": float(
+                sum(s * min(self.config.batch, n - i) for s, i in zip(seconds, starts, strict=True))
+            ),
+            "images_per_second": ranks / typical,
+            "flops_per_sample": round(self.flops * rows / n),
             "peak_memory_bytes": memory.bytes(),
             "stochastic": sampler.plan.stochastic,
             "plan": repr(sampler.plan),
@@ -277,10 +296,10 @@ class _Job:
             assert isinstance(heldout, Tensor)
             result["memorisation"] = memorisation(shown, train, heldout).to_dict()
         if cell.reference:
-            result |= self._save_solution(planned, torch.cat(first))
+            result |= self._save_solution(planned, x0)
         elif compared:
             solution = self._load_solution(self.references[cell.seed].cell)
-            result["rmse"], result["rmse_median"] = rmse(torch.cat(first), solution)
+            result["rmse"], result["rmse_median"] = rmse(x0, solution)
         return result
 
     def _comparable(self, sampler: Sampler | Peer) -> bool:
@@ -552,7 +571,10 @@ def _png(image: Tensor) -> str:
 
 @contextmanager
 def _progress(evaluations: int) -> Iterator[Any]:
-    """A bar over all evaluations on a terminal, a line a cell elsewhere."""
+    """A bar over all evaluations on a terminal, a line a cell elsewhere; by the first process alone."""
+    if rank_and_size()[0]:
+        yield lambda planned, seconds: None
+        return
     if not sys.stderr.isatty():
 
         def line(planned: _Planned, seconds: float) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
+from ..distributed import rank_and_size, summed
 from ..executor import Run, extend, philox_noise
 from ..identity import weights_hash
 from ..plan import Plan, RowValues, write_atomically
@@ -24,7 +25,7 @@ from ..process import as_time
 from ..sampler import Sampler
 from .levenberg import Linearised, State, begin, minimise
 from .objective import Errors, Features, Objective
-from .reference import Batch, Conditions, Trajectories, rank_and_size, summed
+from .reference import Batch, Conditions, Trajectories
 from .report import notes
 from .table import FREE, Table
 
@@ -230,16 +231,17 @@ class _Fit:
 
     def errors_of(self, plan: Plan, samples: range, relaxed: bool = False) -> Errors:
         """The errors of a plan on some trajectories; ``relaxed``: from where their noise may move to."""
-        total, each = torch.zeros(3, dtype=torch.float64), []
+        e = torch.zeros(len(samples), dtype=torch.float64)
         for batch in self.made.batches(samples, rank_and_size()):
             batch = self._relaxed(plan, batch) if relaxed else batch
-            e = self._residual(self._rollout(plan, batch)[0][-1], batch).square().mean(dim=1)
-            total += torch.stack([self.objective.losses(e).sum(), e.sum(), e.new_tensor(len(e))]).cpu()
-            each.append(e)
-        loss, square, count = summed(total).tolist()
-        loss = loss / count if math.isfinite(loss) else math.inf
-        median = float(torch.cat(each).sqrt().median()) if each else math.nan  # of this process
-        return Errors(loss, math.sqrt(square / count) if square >= 0 else math.inf, median)
+            own = slice(batch.first - samples.start, batch.first - samples.start + len(batch.noise))
+            e[own] = self._residual(self._rollout(plan, batch)[0][-1], batch).square().mean(dim=1).cpu()
+        e = summed(e)
+        if not bool(torch.isfinite(e).all()):
+            return Errors(math.inf, math.inf, math.inf)
+        return Errors(
+            float(self.objective.losses(e).mean()), float(e.mean().sqrt()), float(e.sqrt().median())
+        )
 
     def errors(self, theta: Tensor) -> Errors:
         try:
@@ -420,7 +422,7 @@ class _Fit:
             )
         best = self.table.plan(torch.tensor(state.best, dtype=torch.float64))
         after = self.errors_of(best, self.unseen), self.errors_of(best, self.training)
-        spent = self.evaluations + self.made.evaluations
+        spent = int(summed(torch.tensor(self.evaluations + self.made.evaluations)))
         batch = (len(self.training) + len(self.unseen)) * best.nfe
         record = {
             "trajectories": self.made.key,

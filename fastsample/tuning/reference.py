@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,9 @@ _NOISE = 0xFFFFFFFE  # noise stream of the trajectories: never the noise that a 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some trajectories: unit noise and solution (B, ...), and the conditions."""
+    """Some consecutive trajectories: the first one's index, unit noise and solution (B, ...), the conditions."""
 
+    first: int
     noise: Tensor
     solution: Tensor
     conditions: Mapping[str, Any]
@@ -107,7 +107,7 @@ class Trajectories:
         firsts = range(samples.start, samples.stop, self._batch)
         for first in firsts[mine[0] :: mine[1]]:
             index = torch.arange(first, min(samples.stop, first + self._batch))
-            yield Batch(self.noise(index), self._solution(index), self.conditions(index))
+            yield Batch(first, self.noise(index), self._solution(index), self.conditions(index))
 
     def _solution(self, index: Tensor) -> Tensor:
         key = int(index[0]), len(index)
@@ -145,23 +145,3 @@ class Trajectories:
         self.evaluations += self._half.plan.nfe * len(x)
         self.error = float((x - batch.solution).double().square().mean().sqrt())
         return self.error
-
-
-def rank_and_size() -> tuple[int, int]:
-    """This process and the number of processes of a launched run (``accelerate launch``, ``torchrun``)."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1
-    from accelerate import PartialState
-
-    state = PartialState()
-    return state.process_index, state.num_processes
-
-
-def summed(values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, the same bits on each."""
-    if rank_and_size()[1] == 1:
-        return values
-    from accelerate.utils import reduce
-
-    total: Any = reduce(values, reduction="sum")
-    return total

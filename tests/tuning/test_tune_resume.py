@@ -18,11 +18,13 @@ import fastsample as fs
 from fastsample.cli import main
 
 SCRIPT = f"""
-import sys
+import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import fastsample as fs
 from helpers_tuning import QUICK, model
-fs.tune(model(), 4, folder=sys.argv[1], **QUICK)
+from fastsample.distributed import rank_and_size
+fs.tune(model(), 4, folder=sys.argv[1], **(QUICK | {{"batch_size": 16}}))
+assert rank_and_size()[1] == int(os.environ.get("WORLD_SIZE", "1"))
 """
 
 
@@ -34,7 +36,7 @@ def start(folder: Path, *launcher: str) -> subprocess.Popen[bytes]:
 
 
 def test_killed_and_started_again_it_gives_the_same_plan(tmp_path: Path) -> None:
-    whole = fs.tune(model(), 4, folder=tmp_path / "whole", **QUICK)
+    whole = fs.tune(model(), 4, folder=tmp_path / "whole", **(QUICK | {"batch_size": 16}))
     folder = tmp_path / "killed"
     for wanted in (1, 3):  # kill after so many iterations
         process = start(folder)
@@ -83,7 +85,7 @@ def test_another_model_does_not_use_them(tmp_path: Path) -> None:
 
 def test_two_processes_fit_as_one(tmp_path: Path) -> None:
     """Batches are shared out; the sums differ by their order of addition alone."""
-    one = fs.tune(model(), 4, **QUICK)
+    one = fs.tune(model(), 4, **(QUICK | {"batch_size": 16}))
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29541")
     assert start(tmp_path / "two", *launcher).wait() == 0
     two = fs.Plan.load(tmp_path / "two" / "tuned-4.json")

@@ -1,0 +1,55 @@
+"""The processes of a launched run (``torchrun``, ``accelerate launch``): who we are, and sums over all."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _state() -> Any:
+    """accelerate's view of a launched run; None otherwise."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from accelerate import PartialState
+
+    # without the flag, accelerate takes launched processes on a CPU for as many runs of one process
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes != int(os.environ["WORLD_SIZE"]):
+        raise RuntimeError(
+            f"launched as {os.environ['WORLD_SIZE']} processes, but {state.num_processes} came together; "
+            "see torchrun --help"
+        )
+    return state
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process and the number of processes; (0, 1) for a run that was not launched."""
+    state = _state()
+    return (0, 1) if state is None else (state.process_index, state.num_processes)
+
+
+def device_of_rank() -> torch.device | None:
+    """The device that the launcher gave to this process; None for a run that was not launched."""
+    state = _state()
+    return None if state is None else torch.device(state.device)
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, the same bits on each, on the tensor's own device."""
+    where = device_of_rank()
+    if where is None:
+        return values
+    import torch.distributed as dist
+
+    total = values.detach().clone().to(where)
+    dist.all_reduce(total)
+    return total.to(values.device)
+
+
+def decided(value: bool) -> bool:
+    """What the first process says."""
+    rank, size = rank_and_size()
+    return value if size == 1 else bool(summed(torch.tensor([int(value and rank == 0)])).item())

@@ -1,0 +1,57 @@
+"""A launched run: samples shared out over processes, the same result as on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def launch(out: Path, images: dict[str, str], processes: int) -> dict[str, Any]:
+    environment = os.environ | {
+        "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+    }
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=29543"]
+    settings = [
+        *("model._target_=gaussian_model.make_model", "solvers=[ddim,dpmpp_2m]", "nfe=[4,8]"),
+        *("n=430", "batch=50", "images=3", "metrics=[fd-blocks]", "reference.steps=30", "reference.n=120"),
+        *(f"train={images['train']}", f"heldout={images['heldout']}", f"out={out}"),
+    ]
+    command = [
+        sys.executable,
+        *(launcher if processes > 1 else []),
+        "-m",
+        "fastsample.cli",
+        "bench",
+        *settings,
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report:") == 1
+    return json.loads((out / "results.json").read_text())
+
+
+def test_two_processes_give_the_result_of_one(images: dict[str, str], tmp_path: Path) -> None:
+    one, two = (launch(tmp_path / str(n), images, n) for n in (1, 2))
+    assert two["complete"]
+    for a, b in zip([one["reference"], *one["points"]], [two["reference"], *two["points"]], strict=True):
+        for key in ("label", "nfe", "n", "rows_per_sample", "flops_per_sample"):
+            assert a[key] == b[key]
+        if a is not one["reference"]:
+            assert b["rmse"] == pytest.approx(a["rmse"], rel=1e-5)
+        for split in ("train", "heldout"):
+            (x,), (y,) = a["metrics"].values(), b["metrics"].values()
+            assert y[split]["value"] == pytest.approx(x[split]["value"], rel=1e-6, abs=1e-9)
+            assert y[split]["se"] == pytest.approx(x[split]["se"], rel=1e-6)
+    cells = [sorted((tmp_path / str(n) / "cells").glob("*.json")) for n in (1, 2)]
+    assert [f.name.rsplit("-", 1)[0] for f in cells[0]] == [f.name.rsplit("-", 1)[0] for f in cells[1]]
+    shown = [[json.loads(f.read_text())["result"]["images"] for f in files] for files in cells]
+    assert shown[0] == shown[1]
