@@ -348,6 +348,7 @@ def _row(point: Point, results: Results) -> dict[str, Any]:
         "peak_memory_bytes": first["peak_memory_bytes"],
         "rmse": point.mean("rmse"),
         "rmse_median": point.mean("rmse_median"),
+        "psnr": _psnr(point.mean("rmse")),
         "stochastic": first["stochastic"],
         "metrics": metrics,
         "memorisation": {k: statistics.fmean(m[k] for m in memory) for k in ("ratio", "copies")}
@@ -360,6 +361,11 @@ def _row(point: Point, results: Results) -> dict[str, Any]:
         row["half_steps_rmse"] = point.mean("half_steps_rmse")
         row["half_steps_rmse_median"] = point.mean("half_steps_rmse_median")
     return row
+
+
+def _psnr(rmse: float | None) -> float | None:
+    """Peak signal-to-noise ratio in decibels, of images in [-1, 1]; None without an error, or without any."""
+    return 20 * math.log10(2 / rmse) if rmse else None
 
 
 def to_csv(data: dict[str, Any]) -> str:
@@ -378,6 +384,7 @@ def to_csv(data: dict[str, Any]) -> str:
         "n",
         "rmse",
         "rmse_median",
+        "psnr",
     )
     run = data["run"]
     pairs = [(metric, split) for metric in run["metrics"] for split in run["splits"]]

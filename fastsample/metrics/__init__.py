@@ -13,6 +13,7 @@ from fastsample.metrics.frechet import (
     frechet_distance,
     paired_difference,
 )
+from fastsample.metrics.kernel import kernel_distance, sliced_wasserstein
 from fastsample.metrics.memorisation import Memorisation, memorisation
 from fastsample.metrics.statistics import Gaussian, GroupedMoments
 
@@ -27,10 +28,12 @@ __all__ = [
     "average",
     "estimate",
     "frechet_distance",
+    "kernel_distance",
     "memorisation",
     "metric_names",
     "paired_difference",
     "parse_metric",
     "rmse",
+    "sliced_wasserstein",
     "to_uint8",
 ]

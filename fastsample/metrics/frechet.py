@@ -172,7 +172,7 @@ def estimate(sample: GroupedMoments, reference: FrechetReference | Gaussian) -> 
         )
     plain = reference.distance(sample.gaussian())
     leave_one_out = tuple(reference.distance(sample.gaussian(without=g)) for g in range(sample.groups))
-    value, se = _jackknife(plain, torch.tensor(leave_one_out, dtype=torch.float64), sizes)
+    value, se = jackknife(plain, torch.tensor(leave_one_out, dtype=torch.float64), sizes)
     return FrechetEstimate(value, se, plain, n, d, leave_one_out, tuple(sizes.tolist()))
 
 
@@ -193,7 +193,7 @@ def paired_difference(a: FrechetEstimate, b: FrechetEstimate) -> Difference:
     delta = torch.tensor(a.leave_one_out, dtype=torch.float64) - torch.tensor(
         b.leave_one_out, dtype=torch.float64
     )
-    return Difference(*_jackknife(a.plain - b.plain, delta, torch.tensor(a.sizes)))
+    return Difference(*jackknife(a.plain - b.plain, delta, torch.tensor(a.sizes)))
 
 
 def average(differences: Sequence[Difference]) -> Difference:
@@ -209,7 +209,7 @@ def average(differences: Sequence[Difference]) -> Difference:
     return Difference(value, math.sqrt(math.fsum(x.se**2 for x in differences)) / count)
 
 
-def _jackknife(whole: float, leave_one_out: Tensor, sizes: Tensor) -> tuple[float, float]:
+def jackknife(whole: float, leave_one_out: Tensor, sizes: Tensor) -> tuple[float, float]:
     """Delete-m_j jackknife: bias-corrected value and standard error (Busing et al. 1999, eqs. 4 and 8)."""
     groups = len(sizes)
     n = sizes.sum().double()

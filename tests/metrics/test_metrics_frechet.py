@@ -109,16 +109,16 @@ def test_paired_differences_cover_and_are_sharper_than_independent_ones() -> Non
     assert not paired_difference(a, a).significant
 
 
-def test_groups_of_unequal_size_reduce_to_the_plain_jackknife_of_a_mean() -> None:
+def test_groups_of_unequal_size_reduce_to_the_plainjackknife_of_a_mean() -> None:
     """For a statistic that is linear in the sums the delete-m_j jackknife has no bias to remove."""
-    from fastsample.metrics.frechet import _jackknife
+    from fastsample.metrics.frechet import jackknife
 
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(107, generator=generator, dtype=torch.float64)
     group = torch.arange(107) % 20
     sizes = torch.bincount(group)
     leave = torch.stack([x[group != g].mean() for g in range(20)])
-    value, se = _jackknife(float(x.mean()), leave, sizes)
+    value, se = jackknife(float(x.mean()), leave, sizes)
     assert value == pytest.approx(float(x.mean()), abs=1e-12)
     assert se == pytest.approx(float(x.std() / math.sqrt(107)), rel=0.5)
 
