@@ -32,6 +32,9 @@ from .table import FREE, Table
 # What competes for the start: the best training-free plan on held-out noise is improved.
 STARTS = ("auto", "exp_adams", "dpmpp_2m", "unipc", "deis", "ddim")
 
+_FINE = 0.03  # difference quotients move the samples by this share of their error
+_COARSE = 3e-3  # the least relative displacement for networks in 16 bits
+
 Select = Callable[[Tensor], float]
 
 
@@ -394,7 +397,11 @@ class _Fit:
         process = self.denoiser.process
         keys = ("history", "free", "constraints", "bound")
         self.table = Table(chosen, process, **{k: self.settings[k] for k in keys})
+        # a network in 16 bits answers in steps of its own: difference quotients have to be wider than these
+        coarse = self.denoiser.dtype in (torch.float16, torch.bfloat16)
         smallest = torch.where(self.table.coarse, self._resolution(), 0.0)
+        if coarse:
+            smallest = smallest.clamp(min=_COARSE)
         path = self._state_path(chosen)
         state = self._resumed(path) or begin(self, len(self.table), smallest)
         reference_loss = max(self.errors(torch.zeros(len(self.table), dtype=torch.float64)).loss, 1e-30)
@@ -416,6 +423,7 @@ class _Fit:
                 state,
                 on_iteration,
                 smallest=smallest,
+                relative=1.0 if coarse else _FINE,
                 regularization=self.settings["regularization"] * reference_loss,
                 patience=self.settings["patience"],
                 iterations=self.settings["iterations"],

@@ -19,7 +19,6 @@ from .objective import Errors
 
 _REJECTIONS = 8  # dampings tried before an iteration gives up
 _LONGEST = 0.3  # of one step of a parameter; parameters are relative
-_RELATIVE = 0.03  # a difference quotient moves the samples by this share of their error
 _SMALLEST, _LARGEST = 1e-6, 2e-2  # of the difference quotients' displacements
 _FLOOR = 1e-5  # of the damping, against the largest curvature: what hardly matters moves little
 _FLAT = 1e-3  # relative improvement that no longer counts
@@ -100,7 +99,14 @@ def begin(problem: Problem, size: int, smallest: Tensor) -> State:
 
 
 def iterate(
-    problem: Problem, state: State, *, smallest: Tensor, regularization: float, patience: int, iterations: int
+    problem: Problem,
+    state: State,
+    *,
+    smallest: Tensor,
+    relative: float,
+    regularization: float,
+    patience: int,
+    iterations: int,
 ) -> None:
     """One iteration, in place.
 
@@ -108,6 +114,7 @@ def iterate(
         problem: what is minimised.
         state: where it stands.
         smallest: the least displacement of each parameter's difference quotient.
+        relative: a difference quotient moves the samples by this share of their error.
         regularization: weight of the squared distance from the start.
         patience: iterations without held-out progress before it stops.
         iterations: the most iterations.
@@ -115,8 +122,9 @@ def iterate(
     theta = torch.tensor(state.theta, dtype=torch.float64)
     h = torch.tensor(state.displacements, dtype=torch.float64)
     local = problem.linearise(theta, h)
-    wanted = _RELATIVE * local.rmse / local.sensitivity.clamp(min=1e-12)
-    h = torch.where(local.sensitivity > 0, wanted, 4 * h).clamp(_SMALLEST, _LARGEST).maximum(smallest)
+    wanted = relative * local.rmse / local.sensitivity.clamp(min=1e-12)
+    h = torch.where(local.sensitivity > 0, wanted, 4 * h).clamp(min=_SMALLEST).maximum(smallest)
+    h = h.minimum(torch.maximum(torch.tensor(_LARGEST, dtype=torch.float64), 10 * smallest))
     state.displacements = h.tolist()
 
     ridge = regularization * torch.eye(len(theta), dtype=torch.float64)

@@ -102,6 +102,16 @@ def test_networks_with_a_table_of_times_are_told_what_they_know() -> None:
     assert error(denoiser, sampler) < 0.9 * error(denoiser, fs.Sampler(denoiser, steps=5))
 
 
+def test_networks_in_16_bits() -> None:
+    """Difference quotients as narrow as for float32 would drown in rounding."""
+    float32 = fs.zoo.load("digits")
+    net = float32.net.to(torch.bfloat16)
+    denoiser = fs.wrap(net, float32.process, sample_shape=(1, 8, 8))
+    settings = QUICK | {"trajectories": 64, "heldout": 64, "iterations": 6}
+    plan = fs.tune(denoiser, 4, conditions=lambda index: {"labels": index % 10}, **settings)
+    assert plan.options["record"]["heldout_rmse"] < 0.75 * plan.options["record"]["start_rmse"]
+
+
 def test_never_worse_on_held_out_noise_than_the_start() -> None:
     for seed in range(4):
         net = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 3))
