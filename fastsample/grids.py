@@ -164,6 +164,31 @@ def uniform(process: Process, steps: int, start: float, end: str) -> Tensor:
     return _between(process, start, end, _line(1.0, 0.0, steps + 1))
 
 
+@register("angle")
+def angle(process: Process, steps: int, start: float, end: str) -> Tensor:
+    """Uniform in the angle ``atan2(sigma, alpha)`` (TrigFlow's time; Lu & Song 2025, section 3)."""
+    last = process.t_zero if end == "zero" else process.t_end
+    phi = _line(float(process.phi(start)), float(process.phi(last)), steps + 1)
+    return _between_noise_levels(process, torch.tan(phi[1:-1]), start, last)
+
+
+@register("fraction")
+def fraction(process: Process, steps: int, start: float, end: str) -> Tensor:
+    """Uniform in ``sigma / (alpha + sigma)``: a straight flow's time, on any process."""
+    last = process.t_zero if end == "zero" else process.t_end
+    alpha, sigma = process.alpha([start, last]), process.sigma([start, last])
+    first, final = (sigma / (alpha + sigma)).tolist()
+    tau = _line(first, final, steps + 1)[1:-1]
+    return _between_noise_levels(process, tau / (1 - tau), start, last)
+
+
+def _between_noise_levels(process: Process, rho: Tensor, start: float, last: float) -> Tensor:
+    """The two ends and the times at noise levels ``sigma / alpha`` between them, within the trained times."""
+    low, high = sorted((process.t_end, process.t_start))
+    ends = torch.tensor([start, last], dtype=torch.float64)
+    return torch.cat([ends[:1], process.t_of_rho(rho).clamp(low, high), ends[1:]])
+
+
 @register("power")
 def power(process: Process, steps: int, start: float, end: str, exponent: float = 1.5) -> Tensor:
     """``t_i = t_end + (t_start - t_end) (1 - i/n)^exponent``: finer towards the data for exponent > 1."""

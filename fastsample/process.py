@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import unknown
+
 TimeLike = float | int | Tensor | np.ndarray | Sequence[float]
 
 TRAINED_STEPS = 1000
@@ -479,3 +481,28 @@ class TrigFlow(Process):
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "TrigFlow", "t_max": self.t_start, "t_min": self.t_end}
+
+
+def from_description(description: dict[str, Any]) -> Process:
+    """The process that :meth:`Process.describe` describes.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    settings = dict(description)
+    kind = settings.pop("kind", None)
+    if kind == "Scaled":
+        return Scaled(from_description(settings["process"]), settings["sigma_data"])
+    makers: dict[str, Any] = {
+        "VP": VP,
+        "VP.linear": VP.linear,
+        "VP.scaled_linear": VP.scaled_linear,
+        "VP.cosine": VP.cosine,
+        "VE": VE,
+        "EDM": EDM,
+        "Flow": Flow,
+        "TrigFlow": TrigFlow,
+    }
+    if kind not in makers:
+        raise unknown("kind", kind, makers)
+    return makers[kind](**settings)

@@ -14,7 +14,9 @@ TRAINED_STEPS = 1000
 
 
 @register("consistency", Claim(order=None, stochastic=True))
-def consistency(b: Builder, grid: Tensor, sigma_min: float = 0.0, s_noise: float = 1.0) -> None:
+def consistency(
+    b: Builder, grid: Tensor, sigma_min: float = 0.0, s_noise: float = 1.0, boundary: float = 0.0
+) -> None:
     """Multistep consistency sampling (Song et al. 2023, algorithm 1): jump to x0, put noise back, again.
 
     One evaluation a step; the last one is the sample. The same loop is that of few-step flow models.
@@ -24,11 +26,36 @@ def consistency(b: Builder, grid: Tensor, sigma_min: float = 0.0, s_noise: float
         sigma_min: the noise level ``sigma / alpha`` that the model's "clean" samples still have (the paper's
             epsilon, 0.002 there); so much less is put back.
         s_noise: factor of the noise.
+        boundary: the noise level up to which the state itself is kept, ``c_skip = boundary^2 / (rho^2 +
+            boundary^2)``: the boundary condition of students that predict x0; 0 for all others.
     """
-    _descending(b, grid, sigma_min=sigma_min, s_noise=s_noise)
+    _descending(b, grid, sigma_min=sigma_min, s_noise=s_noise, boundary=boundary)
     x = b.x
-    for _, t in intervals(grid):
-        x = _renoise(b, b.x0(x), t, sigma_min, s_noise)
+    for s, t in intervals(grid):
+        x0 = b.x0(x)
+        if boundary:
+            skip = boundary**2 / (b.process.rho(s) ** 2 + boundary**2)
+            x0 = (skip / b.alpha(s)) * x + (1 - skip) * x0
+        x = _renoise(b, x0, t, sigma_min, s_noise)
+
+
+@register("shortcut", Claim(order=None), grid="fraction")
+def shortcut(b: Builder, grid: Tensor) -> None:
+    """Shortcut and MeanFlow sampling (Frans et al. 2025, algorithm 2; Geng et al. 2025, eq. 12).
+
+    Euler steps of a straight flow, whose network is told the step as well: it predicts the *average* velocity
+    over it. On other processes the state is that flow's times ``alpha + sigma``, and a flow's time is
+    ``sigma / (alpha + sigma)``; the step is told in this time.
+
+    Args:
+        b, grid: the builder and the times.
+    """
+    x = b.x
+    for s, t in intervals(grid):
+        total_s, total_t = b.alpha(s) + b.sigma(s), b.alpha(t) + b.sigma(t)
+        step = b.sigma(s) / total_s - b.sigma(t) / total_t
+        velocity = b.predict(x, "flow", step=step)
+        x = b.state(total_t * (x / total_s - step * velocity), t)
 
 
 @register("lcm", Claim(order=None, stochastic=True))

@@ -104,6 +104,9 @@ class UNet(nn.Module):
         time_scale: the network's time is multiplied by this before it is embedded; 1 for times in 0..999,
             1000 for times in [0, 1].
 
+    Attributes:
+        config: all of these, by name.
+
     Raises:
         ValueError: a size that the levels do not divide, or attention at a size that no level has.
     """
@@ -125,6 +128,20 @@ class UNet(nn.Module):
         time_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.config = {
+            "image_size": image_size,
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "channels": channels,
+            "multipliers": list(multipliers),
+            "blocks": blocks,
+            "attention": list(attention),
+            "head_channels": head_channels,
+            "num_classes": num_classes,
+            "patch": patch,
+            "dropout": dropout,
+            "time_scale": time_scale,
+        }
         divisor = patch * 2 ** (len(multipliers) - 1)
         if image_size % divisor:
             raise ValueError(

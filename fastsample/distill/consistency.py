@@ -1,0 +1,81 @@
+"""Consistency distillation (Song et al. 2023, "Consistency models", arXiv:2303.01469)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import grids
+from ..errors import unknown
+from .batch import Batch
+from .method import Method, follow, pseudo_huber, squared
+from .prediction import consistency_function, noised
+from .teacher import teacher_step
+
+METRICS = {"pseudo_huber": pseudo_huber, "l2": squared}
+
+
+@dataclass
+class ConsistencyModel(Method):
+    """What all consistency models share: they sample by jumps to clean samples, with noise put back."""
+
+    @property
+    def solver_options(self) -> dict[str, Any]:
+        process = self.teacher.process
+        at = {"boundary": float(process.rho(process.t_end))} if self.prediction == "x0" else {}
+        return {"grid": "angle", "end": "zero", **at}
+
+
+@dataclass
+class Consistency(ConsistencyModel):
+    """Consistency distillation, algorithm 2: two neighbours on a teacher's trajectory have one end.
+
+    ``d(f_theta(x_{n+1}, t_{n+1}), f_target(x_n, t_n))`` (eq. 7), where ``x_n`` is one teacher step (Heun) from
+    ``x_{n+1} = alpha x_0 + sigma eps``, and the target follows the student as a moving average (eq. 8).
+
+    Args:
+        intervals: N - 1, the number of intervals of the grid (the paper: 17).
+        grid: the times, by name of ``fs.grids`` (the paper: Karras').
+        order: of the teacher's step; 2 is Heun, 1 DDIM.
+        target_decay: mu of the target's moving average (the paper: 0.95); 0 is the student itself.
+        metric: "pseudo_huber" (Song & Dhariwal 2024) or "l2".
+    """
+
+    intervals: int = 40
+    grid: str = "angle"
+    order: int = 2
+    target_decay: float = 0.95
+    metric: str = "pseudo_huber"
+
+    def build(self) -> None:
+        if self.metric not in METRICS:
+            raise unknown("metric", self.metric, METRICS)
+        if self.intervals < 1:
+            raise ValueError(f"intervals={self.intervals}: at least 1 is needed")
+        if not 0 <= self.target_decay < 1:
+            raise ValueError(f"target_decay={self.target_decay} must lie in [0, 1)")
+        if self.order not in (1, 2):
+            raise ValueError(f"order={self.order}: the teacher's step is of order 1 (DDIM) or 2 (Heun)")
+        self.nets["target"] = self.copy_of("student")
+        # from the least noise to the most: t_1 .. t_N of the paper, with zero noise before them
+        self.times = grids.make(self.grid, self.teacher.process, self.intervals, end="zero").flip(0)
+
+    def objective(self, batch: Batch, role: str) -> Tensor:
+        n = (batch.uniform("t", stratified=True) * self.intervals).long()
+        t, s = self.times[n + 1], self.times[n]
+        x = noised(self.teacher.process, batch.data, batch.normal("eps"), t)
+        before = self.step(x, t, s, batch)
+        with torch.no_grad():
+            target = consistency_function(self.denoiser("target"), before, s, batch.conditions)
+        end = consistency_function(self.denoiser("student"), x, t, batch.conditions)
+        return METRICS[self.metric](end - target)
+
+    def step(self, x: Tensor, t: Tensor, s: Tensor, batch: Batch) -> Tensor:
+        """The teacher's step from times t to s (B,)."""
+        return teacher_step(self.teacher, x, t, s, batch.conditions, self.order)
+
+    def after_update(self, step: int) -> None:
+        follow(self.nets["target"], self.nets["student"], self.target_decay)

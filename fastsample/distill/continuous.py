@@ -1,0 +1,105 @@
+"""Continuous-time consistency models, sCD and sCT (Lu & Song 2025, arXiv:2410.11081)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .batch import Batch
+from .consistency import ConsistencyModel
+from .method import squared
+from .prediction import column, predict, time_of_phi
+from .tangent import Tangent
+
+
+@dataclass
+class SCM(ConsistencyModel):
+    """sCM, algorithm 1: the consistency function's derivative along the teacher's (or the data's) trajectory.
+
+    In TrigFlow's coordinates, of which any process is a scaled copy: angle ``phi = atan2(sigma, alpha)``, state
+    ``z = x / sqrt(alpha^2 + sigma^2)``, network ``F = v``, ``f = cos(phi) z - sin(phi) F`` (eq. 4, with sigma_d
+    = 1). The loss is eq. 8 with the rearranged and normalised tangent of section 4.1 (and appendix B):
+    ``g = -cos^2 (F - dz/dphi) - r cos sin (z + dF/dphi)``, ``g / (|g| + c)``.
+
+    Args:
+        from_teacher: dz/dphi is the teacher's (sCD), else that of the data (sCT).
+        p_mean, p_std: of the lognormal ``tan(phi)`` (the paper's sCT on CIFAR-10: -1.0, 1.4).
+        warmup: r goes from 0 to 1 over so many updates (the paper: 10,000); a number below 1 is a share of
+            the training.
+        c: of the tangent's normalisation.
+        jvp: "auto", "forward" or "difference", see :class:`fastsample.distill.tangent.Tangent`.
+    """
+
+    from_teacher: bool = True
+    p_mean: float = -0.4
+    p_std: float = 1.6
+    warmup: float = 0.25
+    c: float = 0.1
+    jvp: str = "auto"
+
+    converts: ClassVar[bool] = True
+
+    def build(self) -> None:
+        self._tangent = Tangent(self.jvp)
+
+    def warmed(self, step: int) -> float:
+        """r at an update."""
+        over = self.warmup
+        if over < 1:
+            over *= self.whole
+        return 1.0 if over <= 0 else min(1.0, max(0, step - (self.convert or 0)) / over)
+
+    def objective(self, batch: Batch, role: str) -> Tensor:
+        process = self.teacher.process
+        low, high = float(process.phi(process.t_end)), float(process.phi(process.t_start))
+        phi = torch.atan(torch.exp(self.p_mean + self.p_std * batch.gaussian("t", stratified=True)))
+        phi = phi.clamp(low, min(high, math.pi / 2 - 1e-4))
+        t, rate = angle_to_time(process, phi)
+        cos, sin = torch.cos(phi), torch.sin(phi)
+        radius = torch.sqrt(process.alpha(t) ** 2 + process.sigma(t) ** 2)
+        eps, x0 = batch.normal("eps"), batch.data
+        z = column(cos, x0) * x0 + column(sin, x0) * eps
+        x = column(radius, z) * z
+        if self.from_teacher:
+            with torch.no_grad():
+                direction = predict(self.teacher, x, t, batch.conditions, "v")
+        else:
+            direction = column(cos, x0) * eps - column(sin, x0) * x0
+        value, tangent = self.tangent(x, z, direction, phi, t, rate, batch)
+        r = self.warmed(batch.step)
+        c, s = column(cos, z), column(sin, z)
+        g = -(c**2) * (value - direction) - r * (c * s * z + tangent)
+        norm = g.flatten(1).norm(dim=1).reshape(-1, *[1] * (g.ndim - 1))
+        g = g / (norm + self.c)
+        out = self.predict("student", x, t, batch, "v")
+        return squared(out - out.detach() - g)
+
+    def tangent(
+        self, x: Tensor, z: Tensor, direction: Tensor, phi: Tensor, t: Tensor, rate: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """``F`` and ``cos sin dF/dphi`` of the student along the trajectory."""
+        process = self.teacher.process
+        scaled = torch.cos(phi) * torch.sin(phi)
+        with torch.enable_grad():
+            time = t.detach().clone().requires_grad_()
+            radius = torch.sqrt(process.alpha(time) ** 2 + process.sigma(time) ** 2)
+            grows = (
+                torch.autograd.grad(radius.sum(), time)[0] if radius.requires_grad else torch.zeros_like(time)
+            )
+        # x = radius z; the factor cos sin keeps all tangents small (appendix B)
+        dx = column(scaled * radius.detach(), z) * direction + column(scaled * rate * grows, z) * z
+        student = self.denoiser("student")
+        return self._tangent(student, "v", x, t, dx, scaled * rate, batch.conditions)
+
+
+def angle_to_time(process: object, phi: Tensor) -> tuple[Tensor, Tensor]:
+    """Times at angles (B,) and their derivatives, float64."""
+    with torch.enable_grad():
+        angle = phi.detach().clone().requires_grad_()
+        t = process.t_of_lam(-torch.log(torch.tan(angle)))  # type: ignore[attr-defined]
+        rate = torch.autograd.grad(t.sum(), angle)[0]
+    return time_of_phi(process, phi.detach()), rate

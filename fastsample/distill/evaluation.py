@@ -1,0 +1,130 @@
+"""What a student is worth while it is trained: its distance to the data, at each of its numbers of steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import select
+from ..metrics import FeatureExtractor, FrechetReference, GroupedMoments, estimate, parse_metric, to_uint8
+from ..metrics.frechet import FrechetEstimate, minimum_samples
+from .data import Data
+from .student import Student
+
+_SEED = 0x5EED  # of the evaluation's noise and conditions: others than those of the training
+
+
+@dataclass
+class Evaluation:
+    """The Frechet distance of a student's samples to the training data.
+
+    Args:
+        metric: "fd-digits", "fid", ...; None measures nothing.
+        samples: how many are drawn.
+        data: what is compared with, and where the conditions come from.
+        device: of the extractor.
+        batch_size: samples at once.
+
+    Raises:
+        ValueError: an unknown metric, or too few samples for it.
+    """
+
+    metric: str | None
+    samples: int
+    data: Data
+    device: torch.device
+    batch_size: int = 500
+
+    def __post_init__(self) -> None:
+        self.extractor: FeatureExtractor | None = None
+        if self.metric is None:
+            return
+        if len(self.data.shape) != 3 or self.data.shape[0] not in (1, 3):
+            raise ValueError(
+                f"metric={self.metric!r} is for images with 1 or 3 channels, not for samples of {self.data.shape}; "
+                "metric=None trains without one"
+            )
+        self.extractor = FeatureExtractor(parse_metric(self.metric).extractor, device=self.device)
+        self.dim = self.extractor.dim(self.data.shape)
+        if self.samples < minimum_samples(self.dim):
+            raise ValueError(
+                f"samples={self.samples}: {self.metric} has {self.dim} features and needs at least "
+                f"{minimum_samples(self.dim)}"
+            )
+        moments = GroupedMoments(self.dim)
+        total = len(self.data)
+        for first in range(0, total, self.batch_size):
+            index = range(first, min(total, first + self.batch_size))
+            x = torch.stack([self.data._at(i)[0] for i in index])
+            moments.update(self.extractor(to_uint8(x)), index)
+        self.reference = FrechetReference(moments.gaussian())
+
+    def distance(self, student: Student, steps: int, seed: int = _SEED) -> FrechetEstimate:
+        """The distance at a number of steps; the same noise and conditions for every student."""
+        assert self.extractor is not None
+        moments = GroupedMoments(self.dim)
+        index = torch.arange(self.samples)
+        conditions = self.data.conditions(index, self.device, seed)
+        sampler = student.sampler(steps)
+        shape = self.data.shape
+        for first in range(0, self.samples, self.batch_size):
+            rows = slice(first, min(self.samples, first + self.batch_size))
+            own = select(conditions, rows, self.samples)
+            x = sampler(shape=(rows.stop - rows.start, *shape), seed=seed, index=index[rows], **own)
+            moments.update(self.extractor(to_uint8(x)), range(rows.start, rows.stop))
+        return estimate(moments, self.reference)
+
+    def pictures(self, student: Student, file: Path, count: int = 10) -> None:
+        """A grid of samples: a row for each number of steps, the same noise in each column."""
+        shape = self.data.shape
+        if len(shape) != 3 or shape[0] not in (1, 3):
+            return
+        from torchvision.utils import make_grid, save_image
+
+        conditions = self.data.conditions(torch.arange(count), self.device, _SEED)
+        rows = [
+            student.sampler(k)(shape=(count, *shape), seed=_SEED, **conditions).cpu() for k in student.steps
+        ]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scale = max(1, 64 // shape[-1])
+        images = torch.cat(rows).clamp(-1, 1).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+        save_image(make_grid(images / 2 + 0.5, nrow=count, padding=2), file)
+
+
+class Best:
+    """The best weights so far, by the mean distance over the student's numbers of steps."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.value: float | None = None
+        self.step: int | None = None
+        self.average: str | None = None
+
+    def offer(self, value: float, step: int, average: str, net: nn.Module) -> bool:
+        """Keep these weights when they are better."""
+        if self.value is not None and not value < self.value:
+            return False
+        from safetensors.torch import save
+
+        from ..plan import write_atomically
+
+        self.value, self.step, self.average = value, step, average
+        write_atomically(self.file, save(weights(net)))
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"value": self.value, "step": self.step, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.value, self.step, self.average = state["value"], state["step"], state["average"]
+
+
+def weights(net: nn.Module) -> dict[str, Tensor]:
+    """A network's tensors for safetensors: contiguous, on the CPU, none shared."""
+    return {k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}

@@ -1,0 +1,82 @@
+"""MeanFlow (Geng et al. 2025, "Mean flows for one-step generative modeling", arXiv:2505.13447)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .batch import Batch
+from .prediction import column, time_of_fraction
+from .shortcut import StepSized
+from .tangent import Tangent
+
+
+@dataclass
+class MeanFlow(StepSized):
+    """The average velocity u over [r, t] by its identity ``u = v - (t - r) du/dt`` (eq. 6), algorithm 1.
+
+    Args:
+        from_teacher: v is the teacher's velocity; False is the data's, training from scratch.
+        different: the share of samples with r != t (the paper: 0.25).
+        p_mean, p_std: t and r are logistic-normal (the paper: -0.4, 1).
+        power: p of the adaptive weight ``1 / (|error|^2 + c)^p`` (eq. 22).
+        c: of the adaptive weight.
+        jvp: "auto", "forward" or "difference", see :class:`fastsample.distill.tangent.Tangent`.
+    """
+
+    different: float = 0.25
+    p_mean: float = -0.4
+    p_std: float = 1.0
+    power: float = 1.0
+    c: float = 1e-3
+    jvp: str = "auto"
+
+    def build(self) -> None:
+        super().build()
+        self.adapt({})
+        self._tangent = Tangent(self.jvp)
+
+    def objective(self, batch: Batch, role: str) -> Tensor:
+        draws = [
+            self.tau_max * torch.sigmoid(self.p_mean + self.p_std * batch.gaussian(name)) for name in ("t", "r")
+        ]
+        rho_min = float(self.teacher.process.rho(self.teacher.process.t_end))
+        tau = torch.maximum(*draws).clamp(min=rho_min / (1 + rho_min))
+        lower = torch.minimum(torch.minimum(*draws), tau)
+        lower = torch.where(batch.uniform("different") < self.different, lower, tau)
+        t, rate = self.time_and_rate(tau)
+        scale, grows = self.scale_and_rate(t)
+        eps = batch.normal("eps")
+        z = column(1 - tau, eps) * batch.data + column(tau, eps) * eps
+        x = column(scale, z) * z
+        v = self.instantaneous(batch, x, t, eps)
+        # along the flow: dz/dtau = v, so x = scale(t) z moves with both
+        dx = column(scale, z) * v + column(grows * rate, z) * z
+        size = tau - lower
+        _, du = self._tangent(
+            self.denoiser("student"), "flow", x, t, dx, rate, batch.conditions, size, torch.ones_like(size)
+        )
+        target = v - column(size, v) * du
+        error = self.velocity("student", x, t, size, batch.conditions) - target
+        square = error.flatten(1).square().sum(dim=1)
+        weight = 1 / (square.detach() + self.c) ** self.power
+        return weight * square
+
+    def time_and_rate(self, tau: Tensor) -> tuple[Tensor, Tensor]:
+        """Times at fractions tau (B,) and their derivatives."""
+        with torch.enable_grad():
+            fraction = tau.detach().clone().requires_grad_()
+            t = self.teacher.process.t_of_rho(fraction / (1 - fraction))
+            rate = torch.autograd.grad(t.sum(), fraction)[0]
+        return time_of_fraction(self.teacher.process, tau), rate
+
+    def scale_and_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``alpha + sigma`` at times (B,) and its derivative."""
+        process = self.teacher.process
+        with torch.enable_grad():
+            time = t.detach().clone().requires_grad_()
+            total = process.alpha(time) + process.sigma(time)
+            rate = torch.autograd.grad(total.sum(), time)[0] if total.requires_grad else torch.zeros_like(t)
+        return total.detach(), rate

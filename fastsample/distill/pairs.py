@@ -1,0 +1,117 @@
+"""Pairs of noise and the teacher's sample, made once and kept on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Denoiser
+from ..identity import outputs_hash
+from ..noise import START, normal
+from ..plan import write_atomically
+from ..sampler import Sampler
+from .data import Data, as_data
+
+SHARD = 2048
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Noise and samples; the noise is drawn again from (seed, index).
+
+    Attributes:
+        x0: the samples (N, ...).
+        conditions: theirs, by name (N, ...).
+        seed: of the noise.
+    """
+
+    x0: Tensor
+    conditions: dict[str, Tensor]
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+    def noise(self, index: Tensor) -> Tensor:
+        """Standard normal noise of the pairs ``index`` (B,)."""
+        return normal((len(index), *self.x0.shape[1:]), self.seed, index.to(self.x0.device), START)
+
+
+def make_pairs(
+    teacher: Denoiser | Sampler,
+    data: Data | Any,
+    n: int,
+    folder: Path,
+    *,
+    solver: str = "auto",
+    steps: int = 20,
+    seed: int = 0,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Pairs:
+    """The teacher's samples from ``n`` noises, with the conditions of the data; made again where they lie not.
+
+    Each shard is a file of its own, written whole: a killed run goes on after the last one.
+
+    Args:
+        teacher: the model; or a sampler, whose plan is used instead of solver and steps.
+        data: where the conditions come from.
+        n: number of pairs.
+        folder: where the shards lie.
+        solver, steps: of the teacher's sampler.
+        seed: of the noise.
+        batch_size: samples at once.
+
+    Raises:
+        ValueError: the folder holds pairs of another teacher or other settings.
+    """
+    from safetensors.torch import load_file, save
+
+    sampler = teacher if isinstance(teacher, Sampler) else Sampler(teacher, solver, steps, end="zero")
+    teacher = sampler.denoiser
+    source, device = as_data(data), teacher.device
+    shape = teacher.sample_shape or source.shape
+    probe = source.conditions(torch.arange(3), device)
+    identity = {
+        "teacher": outputs_hash(teacher, (3, *shape), probe),
+        "plan": sampler.plan.to_json() if sampler.plan is not None else solver,
+        "data": source.sha256,
+        "seed": seed,
+        "shard": SHARD,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    described = folder / "pairs.json"
+    if described.exists() and json.loads(described.read_text()) != identity:
+        raise ValueError(
+            f"{folder} holds pairs of another teacher, data or plan; give another folder, or delete this one"
+        )
+    write_atomically(described, json.dumps(identity).encode())
+    parts: list[dict[str, Tensor]] = []
+    with _bar(progress, -(-n // SHARD)) as tick:
+        for shard, first in enumerate(range(0, n, SHARD)):
+            file = folder / f"{shard:05d}.safetensors"
+            if not file.exists():
+                index = torch.arange(first, first + SHARD)
+                conditions = source.conditions(index, device, seed=seed)
+                x0 = sampler(
+                    shape=(SHARD, *shape), seed=seed, index=index, batch_size=batch_size, **conditions
+                )
+                tensors = {"x0": x0, **{f"condition.{k}": v for k, v in conditions.items()}}
+                write_atomically(file, save({k: v.cpu().contiguous() for k, v in tensors.items()}))
+            parts.append(load_file(file))
+            tick()
+    names = [k for k in parts[0] if k != "x0"]
+    x0 = torch.cat([p["x0"] for p in parts])[:n].to(device)
+    joined = {k.removeprefix("condition."): torch.cat([p[k] for p in parts])[:n].to(device) for k in names}
+    return Pairs(x0, joined, seed)
+
+
+def _bar(wanted: bool, total: int) -> Any:
+    from ..sampler import _progress
+
+    return _progress(wanted, total)

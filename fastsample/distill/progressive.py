@@ -1,0 +1,89 @@
+"""Progressive distillation (Salimans & Ho 2022, arXiv:2202.00512)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import grids
+from .batch import Batch
+from .method import Method, squared
+from .prediction import column, noised, predict
+from .teacher import ddim_step
+
+
+@dataclass
+class Progressive(Method):
+    """One DDIM step of the student is two of the teacher, which is then the student; algorithm 2.
+
+    Args:
+        first: steps of the first student, a power of two; it is taught by twice as many of the teacher.
+        last: steps of the last one.
+        grid: the times, by name of ``fs.grids`` (the paper's cosine schedule is even in the angle).
+    """
+
+    first: int = 16
+    last: int = 1
+    grid: str = "angle"
+
+    solver: ClassVar[str] = "ddim"
+
+    @property
+    def solver_options(self) -> dict[str, Any]:
+        return {"grid": self.grid, "end": "zero"}
+
+    def build(self) -> None:
+        for name in ("first", "last"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name}={value}: a power of two is needed")
+        if self.last > self.first:
+            raise ValueError(f"last={self.last} is more than first={self.first}")
+        self.nets["previous"] = self.copy_of("student")
+
+    @property
+    def stages(self) -> list[int]:
+        """The students' numbers of steps, one a stage."""
+        steps = [self.first]
+        while steps[-1] > self.last:
+            steps.append(steps[-1] // 2)
+        return steps
+
+    def stage(self, step: int) -> int:
+        """The stage of an update."""
+        converted = self.convert or 0
+        done = (step - converted) / max(1, self.whole - converted)
+        return max(0, min(len(self.stages) - 1, int(done * len(self.stages))))
+
+    def objective(self, batch: Batch, role: str) -> Tensor:
+        stage = self.stage(batch.step)
+        steps = self.stages[stage]
+        process = self.teacher.process
+        times = grids.make(self.grid, process, 2 * steps, end="zero").flip(0)
+        i = 2 * (batch.uniform("t", stratified=True) * steps).long()
+        t, middle, s = times[i + 2], times[i + 1], times[i]
+        x = noised(process, batch.data, batch.normal("eps"), t)
+        previous = self.teacher if stage == 0 else self.denoiser("previous")
+        target = self.target(previous, x, t, middle, s, batch.conditions)
+        # max(snr, 1), eq. 9, kept finite where the paper's schedule ends
+        snr = (process.alpha(t) / process.sigma(t)) ** 2
+        weight = snr.clamp(min=1, max=1e4).to(x.device, x.dtype)
+        return weight * squared(self.predict("student", x, t, batch) - target)
+
+    @torch.no_grad()
+    def target(
+        self, previous: Any, x: Tensor, t: Tensor, middle: Tensor, s: Tensor, conditions: Any
+    ) -> Tensor:
+        """The clean sample with which one step from t to s arrives where two steps do (appendix G)."""
+        process = self.teacher.process
+        half = ddim_step(process, x, predict(previous, x, t, conditions), t, middle)
+        end = ddim_step(process, half, predict(previous, half, middle, conditions), middle, s)
+        ratio = process.sigma(s) / process.sigma(t)
+        return (end - column(ratio, x) * x) / column(process.alpha(s) - ratio * process.alpha(t), x)
+
+    def after_update(self, step: int) -> None:
+        if step + 1 < self.whole and self.stage(step + 1) > self.stage(step):
+            self.nets["previous"].load_state_dict(self.nets["student"].state_dict())

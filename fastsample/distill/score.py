@@ -1,0 +1,112 @@
+"""Score distillation: what SiD and DMD2 share (a one- or few-step generator, a network that follows its scores)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import grids
+from .batch import Batch
+from .method import Method, squared
+from .prediction import column, consistency_function, noised, predict
+
+
+@dataclass
+class ScoreDistillation(Method):
+    """A generator G whose noised samples shall have the teacher's scores; a fake network learns G's own.
+
+    Args:
+        init_rho: the noise level ``sigma / alpha`` that the generator starts from: the teacher's clean
+            prediction there is a good first generator (SiD: 2.5).
+        jumps: steps of the generator; each but the last puts noise back (DMD2, section 4.4).
+        t_low, t_high: noise levels are drawn evenly between these shares of the range of angles.
+    """
+
+    init_rho: float = 2.5
+    jumps: int = 1
+    t_low: float = 0.02
+    t_high: float = 0.98
+
+    uses_data: ClassVar[bool] = False
+    converts: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 3e-4
+    betas: ClassVar[tuple[float, float]] = (0.0, 0.999)
+    schedule: ClassVar[str] = "constant"
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return ("student", "fake")
+
+    @property
+    def steps(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The numbers of steps that the generator was trained for."""
+        return (self.jumps,)
+
+    @property
+    def solver_options(self) -> dict[str, Any]:
+        return {"grid": "angle", "start": self.t_init, "end": "zero"}
+
+    def _preferred(self, start: Any) -> str:
+        return start.prediction  # the generator starts at less noise, where eps says enough
+
+    def build(self) -> None:
+        process = self.teacher.process
+        low, high = float(process.rho(process.t_end)), float(process.rho(process.t_start))
+        if not low < self.init_rho <= high:
+            raise ValueError(f"init_rho={self.init_rho} must be a noise level of the process: ({low:g}, {high:g}]")
+        if not 0 <= self.t_low < self.t_high <= 1:
+            raise ValueError(f"t_low={self.t_low}, t_high={self.t_high}: need 0 <= t_low < t_high <= 1")
+        if self.jumps < 1:
+            raise ValueError(f"jumps={self.jumps}: at least 1 is needed")
+        self.t_init = float(process.snap(process.t_of_rho(self.init_rho)))
+        self.times = grids.make("angle", process, self.jumps, start=self.t_init, end="zero")
+        self.nets["fake"] = self.fake()
+
+    def fake(self) -> torch.nn.Module:
+        """The network that follows the generator's scores: it starts as the student."""
+        return self.copy_of("student").requires_grad_(True).train()
+
+    def generate(self, batch: Batch, name: str) -> Tensor:
+        """The generator's samples; with several jumps, each sample stops at one of them, drawn at random."""
+        process = self.teacher.process
+        student = self.denoiser("student")
+        x = float(process.sigma(self.t_init)) * batch.normal(name)
+        stop = (batch.uniform(f"{name}.stop") * self.jumps).long()
+        states, at = x, self.times[:-1][stop]
+        for i in range(1, self.jumps):
+            t = self.times[i - 1].expand(len(batch))
+            with torch.no_grad():
+                x0 = consistency_function(student, x, t, batch.conditions)
+                x = noised(process, x0, batch.normal(f"{name}.{i}"), self.times[i].expand(len(batch)))
+            states = torch.where(column(stop >= i, x) > 0, x, states)
+        return consistency_function(student, states, at, batch.conditions)
+
+    def time(self, batch: Batch, name: str) -> Tensor:
+        """Times (B,) of the scores that are compared."""
+        u = self.t_low + (self.t_high - self.t_low) * batch.uniform(name, stratified=True)
+        return self.teacher.process.snap(self.time_of_angle(u))
+
+    def following(self, x_t: Tensor, x0: Tensor, eps: Tensor, t: Tensor, conditions: Any) -> Tensor:
+        """The fake network's denoising loss (B,), of its v."""
+        process = self.teacher.process
+        radius = torch.sqrt(process.alpha(t) ** 2 + process.sigma(t) ** 2)
+        v = column(process.alpha(t) / radius, x0) * eps - column(process.sigma(t) / radius, x0) * x0
+        return squared(predict(self.denoiser("fake"), x_t, t, conditions, "v") - v)
+
+    def objective(self, batch: Batch, role: str) -> Tensor:
+        if role == "fake":
+            with torch.no_grad():
+                x0 = self.generate(batch, "fake.z")
+            t, eps = self.time(batch, "fake.t"), batch.normal("fake.eps")
+            x_t = noised(self.teacher.process, x0, eps, t)
+            return self.following(x_t, x0, eps, t, batch.conditions)
+        x0 = self.generate(batch, "z")
+        t = self.time(batch, "t")
+        return self.generator_loss(batch, x0, noised(self.teacher.process, x0, batch.normal("eps"), t), t)
+
+    def generator_loss(self, batch: Batch, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The generator's loss (B,), from its samples and the same noised to t."""
+        raise NotImplementedError

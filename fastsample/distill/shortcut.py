@@ -1,0 +1,143 @@
+"""Shortcut models (Frans et al. 2025, "One step diffusion via shortcut models", arXiv:2410.12557)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .batch import Batch
+from .method import Method, follow, squared
+from .prediction import column, noised, predict, time_of_fraction
+
+
+@dataclass
+class StepSized(Method):
+    """What students share that are told their step: average velocities of a straight flow.
+
+    All is said in a straight flow's time ``tau = sigma / (alpha + sigma)`` and state ``z = x / (alpha +
+    sigma)``, of which any process is a scaled copy.
+
+    Args:
+        at: the name of the network's time embedding, where it is not found by itself.
+        from_teacher: instantaneous velocities are the teacher's; False is training from data alone.
+    """
+
+    at: str | None = None
+    from_teacher: bool = True
+
+    solver: ClassVar[str] = "shortcut"
+    converts: ClassVar[bool] = False
+
+    @property
+    def solver_options(self) -> dict[str, Any]:
+        return {"grid": "fraction", "end": "zero"}
+
+    def build(self) -> None:
+        process = self.teacher.process
+        alpha, sigma = float(process.alpha(process.t_start)), float(process.sigma(process.t_start))
+        self.tau_max = sigma / (alpha + sigma)
+
+    def adapt(self, conditions: dict[str, Any]) -> None:
+        """Let the student be told its step."""
+        self.give_number("student", "step", self.at, conditions)
+
+    def scale(self, t: Tensor, like: Tensor) -> Tensor:
+        """``alpha + sigma`` at times (B,), to multiply ``like``."""
+        process = self.teacher.process
+        return column(process.alpha(t) + process.sigma(t), like)
+
+    def velocity(self, role: str, x: Tensor, t: Tensor, step: Tensor, conditions: Any) -> Tensor:
+        """``s(x_t, t, d)``: the average velocity over the next ``step`` (B,) of flow time."""
+        return predict(self.denoiser(role), x, t, conditions, "flow", step=step)
+
+    def instantaneous(self, batch: Batch, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The velocity at ``x_t``: the teacher's, or that of the data."""
+        if not self.from_teacher:
+            return eps - batch.data
+        with torch.no_grad():
+            return predict(self.teacher, x, t, batch.conditions, "flow")
+
+
+@dataclass
+class Shortcut(StepSized):
+    """Shortcut models, algorithm 1: a step of 2d is two steps of d.
+
+    The loss is eq. 5: flow matching at step size 0 for most of the batch; for the rest, dyadic step sizes whose
+    target is the mean of two steps of half the size by the target network (eq. 4).
+
+    Args:
+        finest: the number of the smallest steps, a power of two (the paper: 128).
+        bootstrap: the share of the batch with dyadic steps (the paper: 1/4).
+        target_decay: of the target's moving average (the paper: 0.999).
+    """
+
+    finest: int = 128
+    bootstrap: float = 0.25
+    target_decay: float = 0.999
+
+    def build(self) -> None:
+        super().build()
+        if self.finest < 2 or self.finest & (self.finest - 1):
+            raise ValueError(f"finest={self.finest}: a power of two from 2 on is needed")
+        if not 0 < self.bootstrap < 1:
+            raise ValueError(f"bootstrap={self.bootstrap} must lie in (0, 1)")
+        self.adapt({})
+        self.nets["target"] = self.copy_of("student")
+
+    def objective(self, batch: Batch, role: str) -> Tensor:
+        # which samples bootstrap depends on their index, not on their place in a micro-batch
+        share = batch.uniform("share") < self.bootstrap
+        level = (batch.uniform("level") * math.log2(self.finest)).long()
+        count = 2**level  # steps of size 1 / count
+        k = (batch.uniform("k") * count).long() + 1
+        tau = torch.where(share, self.tau_max * k / count, self.tau_max * batch.uniform("tau"))
+        size = torch.where(share, self.tau_max / count, 0.0)
+        t = time_of_fraction(self.teacher.process, tau)
+        eps = batch.normal("eps")
+        x = noised(self.teacher.process, batch.data, eps, t)
+        target = torch.empty_like(x)
+        # each network sees only the samples that it is needed for
+        for rows, function in (((~share).nonzero()[:, 0], self._plain), (share.nonzero()[:, 0], self._twice)):
+            if len(rows):
+                at = rows.to(x.device)
+                chosen = dataclasses.replace(
+                    batch,
+                    index=batch.index[rows],
+                    x=batch.data[at],
+                    conditions=taken(batch.conditions, at, len(batch)),
+                )
+                target[at] = function(chosen, x[at], tau[rows], size[rows], eps[at])
+        return squared(self.velocity("student", x, t, size, batch.conditions) - target)
+
+    def _plain(self, batch: Batch, x: Tensor, tau: Tensor, size: Tensor, eps: Tensor) -> Tensor:
+        return self.instantaneous(batch, x, time_of_fraction(self.teacher.process, tau), eps)
+
+    @torch.no_grad()
+    def _twice(self, batch: Batch, x: Tensor, tau: Tensor, size: Tensor, eps: Tensor) -> Tensor:
+        return self.two_steps("target", x, tau, size / 2, batch.conditions)
+
+    def two_steps(self, role: str, x: Tensor, tau: Tensor, half: Tensor, conditions: Any) -> Tensor:
+        """The average velocity of two steps (eq. 4); the smallest steps are told as 0 (section 3.1)."""
+        told = torch.where(half * self.finest > 0.75 * self.tau_max, half, 0.0)
+        t, middle = time_of_fraction(self.teacher.process, tau), time_of_fraction(self.teacher.process, tau - half)
+        first = self.velocity(role, x, t, told, conditions)
+        z = x / self.scale(t, x) - column(half, x) * first
+        second = self.velocity(role, z * self.scale(middle, x), middle, told, conditions)
+        return (first + second) / 2
+
+    def after_update(self, step: int) -> None:
+        follow(self.nets["target"], self.nets["student"], self.target_decay)
+
+
+def taken(conditions: Any, rows: Tensor, total: int) -> dict[str, Any]:
+    """The conditions of some samples of a batch, by their places (on the conditions' device)."""
+    def take(value: Any) -> Any:
+        return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == total else value
+
+    return {key: tree_map(take, value) for key, value in conditions.items()}

@@ -1,0 +1,276 @@
+"""Students: a network, what it means, and the plans it samples with, in a folder."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..denoiser import Denoiser, wrap
+from ..plan import Plan, write_atomically
+from ..process import from_description
+from ..sampler import Sampler
+from .adapters import Conditioned
+from .checkpoint import MANIFEST, seal, verify
+from .method import student_plan
+
+FORMAT = "fastsample.student"
+SCHEMA = 1
+_WEIGHTS, _CONFIG, _CARD = "model.safetensors", "student.json", "README.md"
+
+
+@dataclass
+class Student:
+    """A distilled model: ``student(n=16, seed=0, steps=1, labels=...)``.
+
+    Attributes:
+        denoiser: the network with its meaning.
+        solver, options: what it samples with, of ``fs.solvers``, and its options.
+        steps: the numbers of steps it was made for.
+        method: the method's name and settings, for the record.
+        measured: the model card's table: one row for each number of steps.
+        training: how it was trained, for the record.
+    """
+
+    denoiser: Denoiser
+    solver: str
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: tuple[int, ...] = (1, 2, 4)
+    method: dict[str, Any] = field(default_factory=dict)
+    measured: list[dict[str, Any]] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def plan(self, steps: int) -> Plan:
+        """The plan of a number of steps; any is possible, ``self.steps`` are those it was made for."""
+        return student_plan(self.denoiser, self.solver, steps, self.options)
+
+    def sampler(self, steps: int | None = None) -> Sampler:
+        """The sampler of a number of steps, by default the fewest."""
+        return Sampler(self.denoiser, plan=self.plan(self.steps[0] if steps is None else steps))
+
+    def __call__(self, shape: Sequence[int] | None = None, *, steps: int | None = None, **settings: Any) -> Any:
+        """Draw samples; settings are those of :class:`fastsample.Sampler`'s call (n, seed, conditions, ...)."""
+        return self.sampler(steps)(shape, **settings)
+
+    def to(self, device: torch.device | str) -> Student:
+        """The same student, its network moved to a device."""
+        self.denoiser.net.to(device)  # type: ignore[attr-defined]
+        return self
+
+    # -- the folder ------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the student to a folder; the manifest comes last.
+
+        Raises:
+            ValueError: the network is no module.
+        """
+        from safetensors.torch import save
+
+        net, target = self.denoiser.net, Path(folder)
+        if not isinstance(net, nn.Module):
+            raise ValueError(f"the network is a {type(net).__name__}; a module with weights is needed")
+        target.mkdir(parents=True, exist_ok=True)
+        (target / MANIFEST).unlink(missing_ok=True)  # not whole from here on
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}
+        write_atomically(target / _WEIGHTS, save(tensors))
+        files = [_WEIGHTS, _CONFIG, _CARD]
+        for steps in self.steps:
+            self.plan(steps).save(target / f"plan-{steps}.json")
+            files.append(f"plan-{steps}.json")
+        write_atomically(target / _CONFIG, json.dumps(self._config(), indent=1).encode())
+        write_atomically(target / _CARD, self.card().encode())
+        seal(target, files)
+        return target
+
+    def _config(self) -> dict[str, Any]:
+        denoiser = self.denoiser
+        levels = denoiser.process.levels
+        return {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "network": architecture(denoiser.net),
+            "process": denoiser.process.describe(),
+            "levels": None if levels is None else levels.tolist(),
+            "prediction": denoiser.prediction,
+            "time_input": denoiser.time_input if isinstance(denoiser.time_input, str) else None,
+            "learned_variance": denoiser.learned_variance,
+            "sample_shape": denoiser.sample_shape,
+            "conditions": {k: v for k, v in denoiser.conditions.items() if _is_plain(v)},
+            "solver": self.solver,
+            "options": self.options,
+            "steps": list(self.steps),
+            "method": self.method,
+            "measured": self.measured,
+            "training": self.training,
+        }
+
+    def card(self) -> str:
+        """The model card, with what was measured."""
+        name = self.method.get("name", "a method of one's own")
+        lines = [
+            f"# A student of {', '.join(map(str, self.steps))} steps",
+            "",
+            f"Distilled by `{name}`; {self.denoiser.process!r}, prediction {self.denoiser.prediction!r}; samples of "
+            f"shape {self.denoiser.sample_shape}.",
+            "",
+            "    import fastsample as fs",
+            '    student = fs.load("this folder")',
+            f"    student(n=16, seed=0, steps={self.steps[0]})",
+            "",
+        ]
+        if self.measured:
+            keys = list(self.measured[0])
+            lines += [f"| {' | '.join(keys)} |", f"|{'---|' * len(keys)}"]
+            lines += [f"| {' | '.join(_shown(row.get(k)) for k in keys)} |" for row in self.measured]
+        else:
+            lines.append("Nothing was measured: no metric was given.")
+        lines += ["", "Training:", ""]
+        lines += [f"- {key}: {_shown(value)}" for key, value in self.training.items()]
+        settings = {k: v for k, v in self.method.items() if k != "name"}
+        lines += [f"- {key}: {_shown(value)}" for key, value in settings.items()]
+        return "\n".join(lines) + "\n"
+
+    def export_diffusers(self, folder: str | Path) -> Path:
+        """Write the network as a diffusers model folder (``from_pretrained`` reads it), the plans beside it.
+
+        Raises:
+            ValueError: the network is not one of diffusers.
+        """
+        net = self.denoiser.net
+        if not hasattr(net, "save_pretrained"):
+            raise ValueError(
+                f"the network is a {type(net).__name__}, which is not one of diffusers; load it by fs.load"
+            )
+        net.save_pretrained(folder)
+        for steps in self.steps:
+            self.plan(steps).save(Path(folder) / f"plan-{steps}.json")
+        return Path(folder)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def architecture(net: Any) -> dict[str, Any] | None:
+    """How a network is built again without its weights; None where it does not say.
+
+    Understood are modules with their constructor's arguments in ``config`` (a mapping; diffusers models have
+    it), alone or with an adapter of this package.
+    """
+    if isinstance(net, Conditioned):
+        inner = architecture(net.net)
+        adapter = {"name": net.name, "at": list(net.at), "width": net.width, "scale": net.scale}
+        return None if inner is None else {"adapter": adapter, "net": inner}
+    config = getattr(net, "config", None)
+    if not isinstance(config, Mapping):
+        return None
+    own = {k: v for k, v in config.items() if not k.startswith("_")}
+    kind = f"{type(net).__module__}.{type(net).__qualname__}"
+    return {"class": kind, "config": own} if _is_plain(own) and "<" not in kind else None
+
+
+def build(description: Mapping[str, Any]) -> nn.Module:
+    """The inverse of :func:`architecture`, with fresh weights.
+
+    Raises:
+        ValueError: its class is not to be found, or no module.
+    """
+    if "adapter" in description:
+        adapter = description["adapter"]
+        return Conditioned(build(description["net"]), adapter["name"], adapter["at"], adapter["width"], adapter["scale"])
+    module, _, name = str(description["class"]).rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"the student's network is a {description['class']}, which cannot be imported ({error}); "
+            "give net=, a network of the same architecture"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ValueError(f"the student's network is said to be a {description['class']}, which is no torch.nn.Module")
+    return kind(**description["config"])
+
+
+def load(folder: str | Path, net: nn.Module | Denoiser | None = None, *, device: torch.device | str = "cpu") -> Student:
+    """A student from its folder; every file is checked against the manifest first.
+
+    Args:
+        folder: as written by a trainer or :meth:`Student.save`.
+        net: a network of the student's architecture, where it cannot be built again by itself (it tells no
+            ``config``); or its teacher, of which a copy is taken. Its weights are replaced.
+        device: where to put it.
+
+    Raises:
+        ValueError: no student, a damaged file, or a network that cannot be built; the message says what to do.
+    """
+    from safetensors.torch import load as parse
+
+    source = Path(folder)
+    if not source.is_dir():
+        raise ValueError(f"{source} is no folder; give that of a finished student")
+    if not (source / MANIFEST).is_file() and (source / "checkpoints").is_dir():
+        raise ValueError(f"{source} holds a training that is not finished; run the same command again to go on")
+    verify(source)
+    config = json.loads((source / _CONFIG).read_text())
+    if config.get("format") != FORMAT or config.get("schema") != SCHEMA:
+        raise ValueError(f"{source / _CONFIG} is no student of this version (schema {SCHEMA}); upgrade fastsample")
+    teacher = net if isinstance(net, Denoiser) else None
+    if teacher is not None:
+        import copy
+
+        net = copy.deepcopy(teacher.net)  # type: ignore[assignment]
+        described = config["network"] or {}
+        if "adapter" in described:
+            adapter = described["adapter"]
+            net = Conditioned(net, adapter["name"], adapter["at"], adapter["width"], adapter["scale"])  # type: ignore[arg-type]
+    if net is None:
+        if config["network"] is None:
+            raise ValueError(
+                f"{source}: the student's network does not say how it is built; give net=, a network of the same "
+                "architecture (or its teacher)"
+            )
+        net = build(config["network"])
+    assert isinstance(net, nn.Module)
+    tensors = parse((source / _WEIGHTS).read_bytes())
+    try:
+        net.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{source}: the weights do not fit the network: {str(error).splitlines()[1].strip()}") from error
+    time_input = config["time_input"] or (teacher.time_input if teacher else None)
+    if time_input is None:
+        raise ValueError(f"{source}: the network's time_input is a function of its own; give net=, its teacher")
+    process = from_description(config["process"])
+    denoiser = wrap(
+        net.to(device).eval().requires_grad_(False),
+        process,
+        config["prediction"],
+        time_input=time_input,
+        quantize=False if config["levels"] is None else config["levels"],
+        learned_variance=config["learned_variance"],
+        conditions=config["conditions"],
+        sample_shape=config["sample_shape"],
+    )
+    return Student(
+        denoiser,
+        config["solver"],
+        config["options"],
+        tuple(config["steps"]),
+        config["method"],
+        config["measured"],
+        config["training"],
+    )

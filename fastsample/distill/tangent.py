@@ -1,0 +1,126 @@
+"""Derivatives of a network along a direction in (x, t): forward mode, with a fallback that is said aloud."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..denoiser import Denoiser
+from ..prediction import coefficients
+from .prediction import column
+
+log = logging.getLogger(__name__)
+_DIFFERENCE = 1e-3
+_DISAGREES = 0.2
+
+
+class Tangent:
+    """``(F, dF)`` of a denoiser's prediction F along a curve ``(x(s), t(s))``.
+
+    The first call compares forward mode with a difference quotient: operators without a forward-mode rule
+    raise, and some return zero tangents silently. Where forward mode fails, central differences are taken
+    from then on, and the reason is logged as a warning.
+
+    Args:
+        mode: "auto", "forward" or "difference".
+    """
+
+    def __init__(self, mode: str = "auto") -> None:
+        if mode not in ("auto", "forward", "difference"):
+            raise ValueError(f"jvp={mode!r} is unknown; auto, forward, difference")
+        self.mode = mode
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        space: str,
+        x: Tensor,
+        t: Tensor,
+        dx: Tensor,
+        dt: Tensor,
+        conditions: Mapping[str, Any],
+        step: Tensor | None = None,
+        dstep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            denoiser: the network with its meaning.
+            space: of F.
+            x, dx: state and its derivative (B, ...).
+            t, dt: time and its derivative (B,), float64 on the CPU.
+            conditions: of the network.
+            step, dstep: a step size also told to the network and its derivative (B,).
+        """
+        process = denoiser.process
+        with torch.enable_grad():
+            time = t.detach().clone().requires_grad_()
+            values = [
+                *coefficients(denoiser.prediction, process.alpha(time), process.sigma(time), space),
+                denoiser.told(process.network_time(time)),
+            ]
+            # the chain rule on the host, in float64
+            rates = [
+                torch.autograd.grad(v.sum(), time, retain_graph=True)[0] * dt
+                if v.requires_grad
+                else torch.zeros_like(dt)
+                for v in values
+            ]
+        (p, q, told), (dp, dq, dtold) = [v.detach() for v in values], rates
+        dtype = denoiser.time_dtype(x.dtype)
+        if not dtype.is_floating_point:
+            raise ValueError(
+                "the network knows whole times only, so its output has no derivative in time; use a method "
+                "without one (consistency, ect, shortcut)"
+            )
+        told, dtold = told.to(x.device, dtype), dtold.to(x.device, dtype)
+        steps: list[Tensor] = [] if step is None else [step.to(x.device, x.dtype)]
+        dsteps: list[Tensor] = [] if dstep is None else [dstep.to(x.device, x.dtype)]
+        bound = denoiser.bind(len(x), conditions, x.device)
+
+        def network(x: Tensor, told: Tensor, *step: Tensor) -> Tensor:
+            return bound(x, told, 1.0, *step).to(x.dtype)
+
+        primals, tangents = (x, told, *steps), (dx, dtold, *dsteps)
+        if self.mode == "auto":
+            self.mode = self._examine(network, primals, tangents)
+        if self.mode == "forward":
+            with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
+                out, dout = torch.func.jvp(network, primals, tangents)
+        else:
+            out, dout = self._difference(network, primals, tangents)
+        value = column(p, x) * x + column(q, x) * out
+        derivative = column(dp, x) * x + column(p, x) * dx + column(dq, x) * out + column(q, x) * dout
+        return value, derivative
+
+    def _examine(self, network: Any, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> str:
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                _, forward = torch.func.jvp(network, primals, tangents)
+        except (RuntimeError, NotImplementedError) as error:
+            log.warning("forward mode fails (%s); derivatives are central differences", str(error).split("\n")[0])
+            return "difference"
+        _, difference = self._difference(network, primals, tangents)
+        if not bool((forward - difference).norm() <= _DISAGREES * difference.norm() + 1e-6):
+            log.warning(
+                "forward mode disagrees with a difference quotient (an operator without a forward rule gives "
+                "zeros silently); derivatives are central differences"
+            )
+            return "difference"
+        return "forward"
+
+    @staticmethod
+    def _difference(
+        network: Any, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        h = _DIFFERENCE if primals[0].dtype == torch.float32 else _DIFFERENCE / 30
+        # the state's own scale; times are differentiated in units of the whole curve
+        ahead, behind = (
+            network(*(a + sign * h * b for a, b in zip(primals, tangents, strict=True))) for sign in (1, -1)
+        )
+        return network(*primals), (ahead - behind) / (2 * h)

@@ -1,0 +1,630 @@
+"""The trainer: one loop for every method, which never loses work."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import select
+from ..errors import NonFiniteError, unknown
+from ..identity import outputs_hash
+from .batch import Batch
+from .checkpoint import Checkpoints
+from .data import Data, as_data
+from .ema import Averages, PowerAverages
+from .evaluation import Best, Evaluation, weights
+from .method import Method
+from .student import Student
+
+log = logging.getLogger(__name__)
+
+_LOG = "log.jsonl"
+_RUN = "run.json"
+_SCHEDULES = ("cosine", "constant")
+
+
+@dataclass
+class Trainer:
+    """Trains a method's student.
+
+    All randomness is a function of (seed, step, global sample index): the same settings give the same student,
+    however often the training was killed and started again, and (up to the order of sums) with any micro-batch
+    and any number of processes. Under ``accelerate launch`` or ``torchrun`` every process takes its share of
+    each batch.
+
+    Args:
+        method: what is trained, see :mod:`fastsample.distill`.
+        data: a name, a folder, tensors or a dataset, see :func:`fastsample.distill.data.as_data`; only its
+            conditions are used by methods that need no data; None where there are none either.
+        steps: updates.
+        batch_size: samples of an update, over all processes.
+        micro_batch: samples at once on one process; by default all of its share. Halved when memory runs out.
+        learning_rate, betas, schedule: of AdamW; by default the method's. "cosine" falls to zero.
+        weight_decay, warmup, clip: decoupled decay, updates of linear warm-up, largest norm of the gradient.
+        ema: decays of the averages of the student's weights; the best by the metric is the student.
+        power_ema: relative widths of power-function averages whose snapshots allow any other width afterwards
+            (:func:`fastsample.distill.ema.reconstructed`); written every ``evaluate_every`` updates.
+        precision: "no", "fp16" or "bf16" (mixed, by accelerate).
+        seed: of everything.
+        metric: "fd-digits", "fid", ...; the student's distance to the data, at each of its numbers of steps.
+        evaluate_every: updates between evaluations; by default a tenth of the training.
+        samples: of an evaluation.
+        final_samples: of the last one, which the model card reports.
+        save_every: updates between checkpoints; by default as evaluate_every.
+        keep: checkpoints kept.
+        log_every: updates between lines of the log.
+        workers: processes that read a dataset.
+        progress: show a bar.
+        device: "auto", "cpu", "cuda", ...
+
+    Raises:
+        ValueError: settings that cannot be used; the message names them.
+    """
+
+    method: Method
+    data: Any = None
+    steps: int = 10_000
+    batch_size: int = 256
+    micro_batch: int | None = None
+    learning_rate: float | None = None
+    betas: tuple[float, float] | None = None
+    schedule: str | None = None
+    weight_decay: float = 0.0
+    warmup: int = 100
+    clip: float = 1.0
+    ema: Sequence[float] = (0.99, 0.999)
+    power_ema: Sequence[float] = ()
+    precision: str = "no"
+    seed: int = 0
+    metric: str | None = None
+    evaluate_every: int | None = None
+    samples: int = 1000
+    final_samples: int = 5000
+    save_every: int | None = None
+    keep: int = 2
+    log_every: int = 50
+    workers: int = 0
+    progress: bool = False
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise TypeError(
+                f"method is a {type(self.method).__name__}; give one of fastsample.distill, such as Shortcut(teacher)"
+            )
+        for name in ("steps", "batch_size", "log_every", "keep"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        for name in ("micro_batch", "evaluate_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1, or None")
+        if self.precision not in ("no", "fp16", "bf16"):
+            raise unknown("precision", self.precision, ("no", "fp16", "bf16"))
+        self.learning_rate = self.method.learning_rate if self.learning_rate is None else self.learning_rate
+        self.betas = tuple(self.betas or self.method.betas)  # type: ignore[assignment]
+        self.schedule = self.schedule or self.method.schedule
+        if self.schedule not in _SCHEDULES:
+            raise unknown("schedule", self.schedule, _SCHEDULES)
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate!r} must be positive")
+        if not self.clip > 0:
+            raise ValueError(f"clip={self.clip!r} must be positive; math.inf clips nothing")
+        tenth = max(1, self.steps // 10)
+        self.evaluate_every = self.evaluate_every or tenth
+        self.save_every = self.save_every or self.evaluate_every
+        self._data = self._checked_data()
+
+    def _checked_data(self) -> Data:
+        method, shape = self.method, self.method.teacher.sample_shape
+        if self.data is None:
+            if method.uses_data:
+                raise ValueError(
+                    f"data is missing: {type(method).__name__} is trained on data; give a name, tensors or a dataset"
+                )
+            return Data(torch.zeros(1, *method.sample_shape), name="none")
+        data = as_data(self.data)
+        if shape is not None and data.shape != shape:
+            raise ValueError(
+                f"data: its samples are of shape {data.shape}, the teacher's {shape}; resize or pad the data"
+            )
+        if shape is None:
+            method.teacher = method.teacher.replace(sample_shape=data.shape)
+            method._meaning = method._meaning.replace(sample_shape=data.shape)
+        probe = torch.stack([data._at(i)[0] for i in range(min(64, len(data)))])
+        if not bool(torch.isfinite(probe).all()):
+            raise ValueError("data: there are samples that are not finite")
+        largest = float(probe.abs().max())
+        if largest > 30:
+            raise ValueError(
+                f"data: values reach {largest:g}; diffusion models are trained on [-1, 1]: x / 127.5 - 1 for bytes"
+            )
+        self._check_conditions(data)
+        return data
+
+    def _check_conditions(self, data: Data) -> None:
+        """Run the teacher once on data: a wrong condition is found before training, not after."""
+        teacher = self.method.teacher
+        x, conditions = data.take(torch.arange(2), teacher.device, 0)
+        t = torch.full((2,), teacher.process.t_start, dtype=torch.float64)
+        from .prediction import predict
+
+        try:
+            with torch.no_grad():
+                predict(teacher, x, t, conditions, "v" if teacher.prediction not in ("eps", "score") else "eps")
+        except (TypeError, IndexError, RuntimeError, ValueError) as error:
+            names = ", ".join(data.names) or "none"
+            raise ValueError(
+                f"data: the teacher cannot be run on it (conditions: {names}): {error}; name them as the network "
+                "does: {'x': samples, 'labels': labels}"
+            ) from error
+
+    # -- training --------------------------------------------------------------------------------------------
+
+    def fit(self, folder: str | Path, resume: bool | None = None) -> Student:
+        """Train to the end, or go on where a killed training was; the student's folder is ``folder``.
+
+        Args:
+            folder: everything is written here: the student, ``log.jsonl``, ``checkpoints/``, ``samples/``.
+            resume: True must find a checkpoint, False must find none; None takes what is there.
+
+        Returns:
+            The student with the best average of the weights.
+
+        Raises:
+            ValueError: the folder holds another training, or nothing to resume.
+            NonFiniteError: the loss or the gradient is not finite; nothing was updated.
+            OSError: the folder cannot be written; the last good checkpoint is named.
+        """
+        run = _Run(self, Path(folder), resume)
+        run.train()
+        return run.finish()
+
+    def rate(self, step: int) -> float:
+        """The learning rate of an update."""
+        assert self.learning_rate is not None
+        factor = min(1.0, (step + 1) / max(1, self.warmup))
+        if self.schedule == "cosine":
+            factor *= 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.learning_rate * factor
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that decide the result, as JSON values."""
+        kept = (
+            "steps batch_size learning_rate betas schedule weight_decay warmup clip ema power_ema precision seed "
+            "metric evaluate_every samples"
+        ).split()
+        return {k: list(v) if isinstance(v := getattr(self, k), tuple) else v for k in kept}
+
+
+class _Run:
+    """One training in one folder."""
+
+    def __init__(self, trainer: Trainer, folder: Path, resume: bool | None) -> None:
+        from accelerate import Accelerator
+
+        self.trainer, self.folder = trainer, folder
+        self.checkpoints = Checkpoints(folder / "checkpoints", trainer.keep)
+        if resume and not self.checkpoints.steps():
+            raise ValueError(f"resume=True, but {folder} has no checkpoint; leave resume out to start a training")
+        if resume is False and (self.checkpoints.steps() or (folder / "student.json").exists()):
+            raise ValueError(f"resume=False, but {folder} holds a training; give another folder, or delete it")
+        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        cpu = trainer.device == "cpu" or (launched and not torch.cuda.is_available())
+        self.accelerator = Accelerator(mixed_precision=trainer.precision, cpu=cpu)
+        self.device = (
+            self.accelerator.device if trainer.device in ("auto", "cpu") else torch.device(trainer.device)
+        )
+        self.main = self.accelerator.is_main_process
+        self.method = method = copy.copy(trainer.method)
+        method.nets = copy.deepcopy(trainer.method.nets)  # the method's own stay as they are
+        method.teacher = _moved(trainer.method.teacher, self.device)
+        self.seed = trainer.seed
+        self.world = self.accelerator.num_processes
+        if trainer.batch_size % self.world:
+            raise ValueError(f"batch_size={trainer.batch_size} does not divide among {self.world} processes")
+        self.share = trainer.batch_size // self.world
+        self.micro = min(self.share, trainer.micro_batch or self.share)
+        self.identity = self._identity()
+        method.begin(trainer.steps)
+        self._claim()
+        for net in method.nets.values():
+            net.to(self.device)
+        self.averages = Averages(method.nets["student"], trainer.ema)
+        self.power = PowerAverages(method.nets["student"], trainer.power_ema) if trainer.power_ema else None
+        self.plain = dict(method.nets)  # before any wrapper
+        self.wrapped: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, Any] = {}
+        for role in method.trained:
+            net = method.nets[role]
+            optimizer = torch.optim.AdamW(
+                [p for p in net.parameters() if p.requires_grad],
+                lr=trainer.learning_rate,  # type: ignore[arg-type]
+                betas=trainer.betas,  # type: ignore[arg-type]
+                weight_decay=trainer.weight_decay,
+            )
+            self.wrapped[role], self.optimizers[role] = self.accelerator.prepare(net, optimizer)
+        self.best = Best(folder / "best.safetensors")
+        self.evaluation = Evaluation(trainer.metric, trainer.samples, trainer._data, self.device)
+        self.step = 0
+        self._restore()
+
+    # -- the folder ------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        trainer, method = self.trainer, self.method
+        data, teacher = trainer._data, method.teacher
+        conditions = data.conditions(torch.arange(3), self.device)
+        return {
+            "method": {"name": type(method).__name__, **method.settings},
+            "trainer": trainer.describe(),
+            "teacher": outputs_hash(teacher, (3, *method.sample_shape), conditions),
+            "data": {"name": data.name, "sha256": data.sha256},
+        }
+
+    def _claim(self) -> None:
+        """Make the folder ours, or refuse it when it holds another training."""
+        file = self.folder / _RUN
+        own = json.loads(json.dumps(self.identity, default=str))
+        if file.exists():
+            other = json.loads(file.read_text())
+            if differences := _different(other, own):
+                raise ValueError(
+                    f"{self.folder} holds another training: {'; '.join(differences)}; give another folder, or the "
+                    "same settings"
+                )
+            return
+        if not self.main:
+            return
+        from ..plan import write_atomically
+
+        try:
+            write_atomically(file, json.dumps(own, indent=1).encode())
+        except OSError as error:
+            raise OSError(error.errno, f"{self.folder} cannot be written: {error.strerror or error}") from error
+
+    def _restore(self) -> None:
+        found = self.checkpoints.load(self.device)
+        if found is None:
+            self._truncate(0)
+            return
+        self.step, state = found
+        for name, net in self.plain.items():
+            net.load_state_dict(state["nets"][name])
+        for role, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][role])
+        self.averages.load_state_dict(state["ema"])
+        if self.power is not None:
+            for name, net in self.power.nets.items():
+                net.load_state_dict(state["power"][name])
+        self.best.load_state_dict(state["best"])
+        if (scaler := self.accelerator.scaler) is not None and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        self._truncate(self.step)
+        message = f"resuming {self.folder} from step {self.step} of {self.trainer.steps}"
+        log.info(message)
+        if self.main and self.trainer.progress:
+            print(message)
+
+    def _truncate(self, step: int) -> None:
+        """Drop the log's lines of updates that will be made again."""
+        file = self.folder / _LOG
+        if not self.main or not file.exists():
+            return
+        kept = []
+        for line in file.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off by the kill
+        from ..plan import write_atomically
+
+        write_atomically(file, "".join(f"{line}\n" for line in kept).encode())
+
+    def _save(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if not self.main:
+            return
+        scaler = self.accelerator.scaler
+        self.checkpoints.save(
+            self.step,
+            {
+                "nets": {name: net.state_dict() for name, net in self.plain.items()},
+                "optimizers": {role: o.state_dict() for role, o in self.optimizers.items()},
+                "ema": self.averages.state_dict(),
+                "power": {} if self.power is None else {k: v.state_dict() for k, v in self.power.nets.items()},
+                "best": self.best.state_dict(),
+                "scaler": {} if scaler is None else scaler.state_dict(),
+            },
+        )
+
+    # -- the loop --------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        trainer, method = self.trainer, self.method
+        if self.step >= trainer.steps:
+            return
+        method.prepare(trainer._data, self.folder, seed=self.seed, progress=trainer.progress and self.main)
+        rank = self.accelerator.process_index
+        place = torch.arange(rank * self.share, (rank + 1) * self.share)
+        indices = [step * trainer.batch_size + place for step in range(self.step, trainer.steps)]
+        batches = trainer._data.batches(indices, self.device, self.seed, trainer.workers)
+        started, first = time.perf_counter(), self.step
+        with _bar(trainer, self.main, self.step) as tick, (_Log(self.folder) if self.main else nullcontext()) as lines:
+            for index, (x, conditions) in zip(indices, batches, strict=True):
+                batch = Batch(
+                    index,
+                    method.sample_shape,
+                    x,
+                    conditions,
+                    self.seed,
+                    self.step,
+                    trainer.batch_size,
+                    self.device,
+                )
+                losses = self._update(batch)
+                method.after_update(self.step)
+                self.averages.update(self.plain["student"], self.step)
+                if self.power is not None:
+                    self.power.update(self.plain["student"], self.step)
+                self.step += 1
+                if self.step % trainer.log_every == 0 or self.step == trainer.steps:
+                    speed = (self.step - first) * trainer.batch_size / (time.perf_counter() - started)
+                    if lines is not None:
+                        lines.write(self.step, losses, {"seconds": time.perf_counter() - started})
+                    tick(self.step, losses, speed)
+                if self.step % trainer.evaluate_every == 0 or self.step == trainer.steps:  # type: ignore[operator]
+                    measured = self._evaluate()
+                    if lines is not None and measured:
+                        lines.write(self.step, measured, {})
+                if self.step % trainer.save_every == 0 or self.step == trainer.steps:  # type: ignore[operator]
+                    self._save()
+
+    def _update(self, batch: Batch) -> dict[str, float]:
+        """One update of each of the step's roles."""
+        losses: dict[str, float] = {}
+        rate = self.trainer.rate(batch.step)
+        for role in self.method.roles(batch.step):
+            optimizer = self.optimizers[role]
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            while True:
+                try:
+                    loss = self._gradient(batch, role)
+                    break
+                except RuntimeError as error:
+                    if not _out_of_memory(error) or self.micro == 1 or self.world > 1:
+                        raise
+                    self.micro = max(1, self.micro // 2)
+                    optimizer.zero_grad(set_to_none=True)
+                    log.warning(
+                        "step %d ran out of memory; the micro-batch is %d from here on", batch.step, self.micro
+                    )
+            norm = float(self.accelerator.clip_grad_norm_(self.plain[role].parameters(), self.trainer.clip) or 0.0)
+            value = float(self.accelerator.reduce(loss, "mean"))
+            if not math.isfinite(value) or (not math.isfinite(norm) and self.trainer.precision != "fp16"):
+                what = "loss" if not math.isfinite(value) else "gradient"
+                raise NonFiniteError(
+                    f"the {what} of {role!r} is not finite at step {batch.step} (seed {self.seed}, samples "
+                    f"{batch.step * self.trainer.batch_size} on; loss {value}, gradient norm {norm}); nothing was "
+                    f"updated; {self.checkpoints.last_good()}; try a smaller learning_rate or clip"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses[f"loss.{role}"] = value
+            losses[f"norm.{role}"] = norm
+        return losses
+
+    def _gradient(self, batch: Batch, role: str) -> Tensor:
+        """The gradient of the mean loss, micro-batch by micro-batch."""
+        accelerator, method = self.accelerator, self.method
+        total = torch.zeros((), device=self.device)
+        parts = [slice(i, min(i + self.micro, len(batch))) for i in range(0, len(batch), self.micro)]
+        # only the trained role is synchronised between processes
+        method.nets = {**self.plain, role: self.wrapped[role]}
+        with method.training(role) as net:
+            for i, rows in enumerate(parts):
+                part = _rows(batch, rows)
+                torch.manual_seed(_mixed(self.seed, batch.step, role, int(part.index[0])))
+                last = i == len(parts) - 1
+                with nullcontext() if last else accelerator.no_sync(net):
+                    with accelerator.autocast():
+                        loss = method.loss(part, role)
+                    if loss.shape != (len(part),):
+                        raise ValueError(
+                            f"{type(method).__name__}.loss gave shape {tuple(loss.shape)}; give one loss a sample, "
+                            f"({len(part)},)"
+                        )
+                    value = loss.float().sum() / len(batch)
+                    accelerator.backward(value)
+                total += value.detach()
+        method.nets = self.plain
+        return total
+
+    # -- what comes out --------------------------------------------------------------------------------------
+
+    def student(self, net: nn.Module) -> Student:
+        """A student with these weights."""
+        method = self.method
+        denoiser = method.denoiser().replace(net=net)
+        name = next((k for k, (_, c) in _methods().items() if c == type(method).__name__), type(method).__name__)
+        settings = {k: v for k, v in method.settings.items() if v is not None}
+        return Student(denoiser, method.solver, method.solver_options, method.steps, {"name": name, **settings})
+
+    def _evaluate(self) -> dict[str, Any]:
+        if not self.main:
+            return {}
+        trainer = self.trainer
+        results: dict[str, Any] = {}
+        for name, net in self.averages.nets.items():
+            student = self.student(net)
+            if self.evaluation.metric is None:
+                continue
+            distances = {k: self.evaluation.distance(student, k).value for k in student.steps}
+            results |= {f"{trainer.metric}.ema{name}.{k}": v for k, v in distances.items()}
+            self.best.offer(sum(distances.values()) / len(distances), self.step, name, net)
+        if self.evaluation.metric is None:
+            # the longest average that the training has filled
+            name = list(self.averages.nets)[-1]
+            self.best.value = None
+            self.best.offer(0.0, self.step, name, self.averages.nets[name])
+        self.evaluation.pictures(
+            self.student(self.averages.nets[self.best.average or name]),
+            self.folder / "samples" / f"{self.step:08d}.png",
+        )
+        if self.power is not None:
+            from safetensors.torch import save
+
+            from ..plan import write_atomically
+
+            for std, net in self.power.nets.items():
+                write_atomically(
+                    self.folder / "snapshots" / f"{self.step:08d}-{std}.safetensors", save(weights(net))
+                )
+        return results
+
+    def finish(self) -> Student:
+        """The best student, measured, in its folder."""
+        from safetensors.torch import load_file
+
+        from .student import load
+
+        trainer, folder = self.trainer, self.folder
+        self.accelerator.wait_for_everyone()
+        net = copy.deepcopy(next(iter(self.averages.nets.values())))
+        net.load_state_dict(load_file(self.best.file, device=str(self.device)))
+        student = self.student(net.eval())
+        if not self.main:
+            return student
+        if (folder / "manifest.json").is_file():
+            try:
+                return load(folder, net, device=self.device)
+            except ValueError as error:
+                log.warning("%s; it is written again", error)
+        if self.evaluation.metric is not None:
+            final = Evaluation(trainer.metric, trainer.final_samples, trainer._data, self.device)
+            for k in student.steps:
+                found = final.distance(student, k, seed=1)
+                student.measured.append(
+                    {"steps": k, str(trainer.metric): found.value, "standard error": found.se, "samples": found.n}
+                )
+        student.training = {
+            **self.identity["trainer"],
+            "data": trainer._data.name,
+            "best step": self.best.step,
+            "best average": self.best.average,
+        }
+        student.save(folder)
+        return student
+
+
+def _methods() -> dict[str, tuple[str, str]]:
+    from . import METHODS
+
+    return METHODS
+
+
+def _moved(denoiser: Any, device: torch.device) -> Any:
+    if isinstance(denoiser.net, nn.Module):
+        denoiser.net.to(device)
+    return denoiser
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    """A part of a batch."""
+    if rows == slice(0, len(batch)):
+        return batch
+    import dataclasses
+
+    return dataclasses.replace(
+        batch,
+        index=batch.index[rows],
+        x=None if batch.x is None else batch.x[rows],
+        conditions=select(dict(batch.conditions), rows, len(batch)),
+    )
+
+
+def _mixed(*parts: Any) -> int:
+    """A seed for torch's own generator (dropout), from what it shall depend on."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _different(a: Any, b: Any, name: str = "") -> list[str]:
+    """What differs between two nested settings, in words."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return [
+            d for key in {**a, **b} for d in _different(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if a == b else [f"{name} was {a!r}, is {b!r}"]
+
+
+class _Log:
+    """``log.jsonl``: one line for each report; TensorBoard beside it where it is installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = (folder / _LOG).open("a")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board: Any = SummaryWriter(str(folder / "tensorboard"))
+        except ImportError:
+            self._board = None
+
+    def write(self, step: int, values: Mapping[str, Any], timing: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values, **timing}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in values.items():
+                self._board.add_scalar(key.replace(".", "/"), value, step)
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+@contextmanager
+def _bar(trainer: Trainer, main: bool, step: int) -> Iterator[Any]:
+    if not (trainer.progress and main):
+        yield lambda *_: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("training", total=trainer.steps, completed=step, state="")
+
+        def tick(step: int, losses: Mapping[str, float], speed: float) -> None:
+            loss = " ".join(f"{v:.4g}" for k, v in losses.items() if k.startswith("loss"))
+            bar.update(task, completed=step, state=f"loss {loss}  {speed:.0f} images/s")
+
+        yield tick
