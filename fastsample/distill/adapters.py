@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ def conditioned(
     conditions: Mapping[str, Any],
     at: str | Sequence[str] | None = None,
 ) -> nn.Module:
-    """The network with an adapter for ``name``; as it is when it has one.
+    """The network with an adapter for ``name``; as it is when it has one, or takes the argument itself.
 
     Args:
         net: the network.
@@ -86,6 +87,8 @@ def conditioned(
         ValueError: no time embedding was found, or ``at`` is none.
     """
     if isinstance(net, Conditioned) and net.name == name:
+        return net
+    if name in inspect.signature(getattr(net, "forward", net)).parameters:
         return net
     if not isinstance(net, nn.Module):
         raise TypeError(

@@ -49,7 +49,7 @@ class SCM(ConsistencyModel):
     def warmed(self, step: int) -> float:
         """r at an update."""
         over = self.warmup
-        if over < 1:
+        if 0 < over < 1:
             over *= self.whole
         return 1.0 if over <= 0 else min(1.0, max(0, step - (self.convert or 0)) / over)
 

@@ -96,18 +96,19 @@ def _guided(
 
 
 def boundary(denoiser: Denoiser, t: Tensor) -> Tensor:
-    """``c_skip`` of the consistency function ``f = c_skip x / alpha + (1 - c_skip) x_0``, float64 (B,).
+    """``k`` of the consistency function ``f = k x + (1 - alpha k) x_0``, float64 (B,); ``alpha k`` is c_skip.
 
     A consistency function is the identity where no noise is left (Song et al. 2023, eq. 5). With eps, score,
-    v and flow prediction ``x_0 = p x + q out`` is so by itself (p = 1, q = 0 at sigma = 0), and ``c_skip`` is
-    0. An x0-prediction needs the skip ``rho_min^2 / (rho^2 + rho_min^2)``, with ``rho_min`` the least noise
+    v and flow prediction ``x_0 = p x + q out`` is so by itself (p = 1, q = 0 at sigma = 0), and ``k`` is 0.
+    An x0-prediction needs the skip ``alpha k = rho_min^2 / (rho^2 + rho_min^2)``, with ``rho_min`` the least noise
     that the network was trained at: 1 without noise, and gone wherever the network was trained.
     """
     if denoiser.prediction != "x0":
         return torch.zeros_like(t)
     process = denoiser.process
     rho_min = process.rho(process.t_end)
-    return rho_min**2 / (process.rho(t) ** 2 + rho_min**2)
+    alpha = process.alpha(t)
+    return rho_min**2 * alpha / (process.sigma(t) ** 2 + (rho_min * alpha) ** 2)
 
 
 def consistency_function(
@@ -126,7 +127,7 @@ def consistency_function(
     x0 = predict(denoiser, x, asked, conditions, "x0", **told)
     skip = boundary(denoiser, t)
     if bool((skip > 0).any()):
-        x0 = column(skip / process.alpha(t), x) * x + column(1 - skip, x) * x0
+        x0 = column(skip, x) * x + column(1 - process.alpha(t) * skip, x) * x0
     if bool(clean.any()):
         x0 = torch.where(column(clean, x) > 0, x, x0)
     return x0

@@ -34,8 +34,9 @@ def consistency(
     for s, t in intervals(grid):
         x0 = b.x0(x)
         if boundary:
-            skip = boundary**2 / (b.process.rho(s) ** 2 + boundary**2)
-            x0 = (skip / b.alpha(s)) * x + (1 - skip) * x0
+            # c_skip / alpha, finite where alpha = 0
+            kept = boundary**2 * b.alpha(s) / (b.sigma(s) ** 2 + (boundary * b.alpha(s)) ** 2)
+            x0 = kept * x + (1 - kept * b.alpha(s)) * x0
         x = _renoise(b, x0, t, sigma_min, s_noise)
 
 

@@ -1,0 +1,605 @@
+"""Each method against what its paper derives: exact solutions, closed forms, independently computed tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor, nn
+
+import fastsample as fs
+from fastsample import distill
+from fastsample.distill.batch import Batch
+from fastsample.distill.dmd2 import matching_gradient
+from fastsample.distill.prediction import consistency_function, noised, predict, time_of_fraction
+from fastsample.distill.tangent import Tangent
+from fastsample.distill.teacher import ddim_step, teacher_step
+from fastsample.prediction import coefficients
+from fastsample.zoo.mixture import MixtureNet, digits_mixture
+
+PREDICTIONS = ("eps", "x0", "v", "flow", "score")
+SHAPE = (1, 8, 8)
+VP = fs.VP.linear()
+
+
+def mixture_teacher(process: fs.Process = VP) -> fs.Denoiser:
+    return fs.wrap(MixtureNet(digits_mixture(), process), process, "eps", sample_shape=SHAPE)
+
+
+class Linear(nn.Module):
+    """A small network of x and t in float64, with a weight that gradients can be taken of."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(0.1 * torch.randn(64, 64, generator=generator, dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        flat = torch.tanh(x.flatten(1) @ self.weight.to(x.dtype) + torch.sin(t.to(x.dtype))[:, None])
+        return flat.reshape(x.shape)
+
+
+class TrueConsistency(nn.Module):
+    """The mixture's consistency function, solved to 1e-9 in float64, as a v-prediction; plus theta times x."""
+
+    def __init__(self, process: fs.Process) -> None:
+        super().__init__()
+        self.process = process
+        self.theta = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def end(self, x: Tensor, t: float, to: float | None = None) -> Tensor:
+        to = self.process.t_zero if to is None else to
+        solved = digits_mixture().reference(x.detach(), self.process, t, to, tolerance=1e-9)
+        return solved.x.reshape(x.shape)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        for time in torch.unique(t).tolist():
+            mine = t == time
+            alpha, sigma = self.process.alpha(time), self.process.sigma(time)
+            p, q = coefficients("v", alpha, sigma, "x0")
+            out[mine] = (self.end(x[mine], time) - p * x[mine]) / q
+        return out + self.theta * torch.tanh(x)
+
+
+class ExactStep(distill.Consistency):
+    def step(self, x: Tensor, t: Tensor, s: Tensor, batch: Batch) -> Tensor:
+        net = self.nets["student"]
+        assert isinstance(net, TrueConsistency)
+        rows = zip(x, t.tolist(), s.tolist(), strict=True)
+        return torch.cat([net.end(one[None], a, b) for one, a, b in rows])
+
+
+def mixture_batch(n: int = 4, step: int = 0) -> Batch:
+    x, _ = digits_mixture().sample(n, seed=3)
+    return Batch.of(x.reshape(n, *SHAPE).double(), step)
+
+
+def true_student(process: fs.Process = VP) -> fs.Denoiser:
+    # float64 times, so that the network is told the very time that it is asked about
+    return fs.wrap(TrueConsistency(process), process, "v", dtype=torch.float64, sample_shape=SHAPE)
+
+
+def test_consistency_distillation_vanishes_at_the_truth() -> None:
+    """With an exact teacher step the true consistency function has zero loss and zero gradient."""
+    method = ExactStep(mixture_teacher(), true_student(), intervals=4, target_decay=0.0)
+    loss = method.loss(mixture_batch()).mean()
+    loss.backward()
+    net = method.nets["student"]
+    assert isinstance(net, TrueConsistency)
+    assert net.theta.grad is not None
+    scale = 0.00054 * 8  # of the pseudo-Huber: where it is not quadratic any more
+    assert float(loss) < 1e-4 * scale
+    assert abs(float(net.theta.grad)) < 1e-3
+    with torch.no_grad():
+        net.theta += 0.1
+    assert float(method.loss(mixture_batch()).mean()) > 1e-2
+
+
+@pytest.mark.parametrize(("order", "slope"), [(1, 2), (2, 3)])
+def test_discrete_loss_approaches_it_at_the_teachers_order(order: int, slope: int) -> None:
+    """At the true function the error of one teacher step is left: h^(order + 1)."""
+    truth, teacher = TrueConsistency(VP), mixture_teacher()
+    x = mixture_batch(3).data
+    t = VP.t_of_rho(1.0).expand(3)
+    x_t = noised(VP, x, torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double(), t)
+    ends = truth.end(x_t, float(t[0]))
+    errors = []
+    widths = [0.1, 0.05, 0.025]
+    for h in widths:
+        s = VP.t_of_lam(h).expand(3)  # lam = 0 at t
+        before = teacher_step(teacher, x_t, t, s, {}, order)
+        errors.append(float((truth.end(before, float(s[0])) - ends).norm()))
+    measured = np.polyfit(np.log(widths), np.log(errors), 1)[0]
+    assert abs(measured - slope) < 0.25, (measured, errors)
+
+
+def test_data_driven_loss_approaches_it() -> None:
+    """Pairs of the same noise differ by O(t - r), and their mean over the data by one order more."""
+    truth, mixture = TrueConsistency(VP), digits_mixture()
+    process = VP
+    t = process.t_of_rho(1.0)
+    generator = torch.Generator().manual_seed(1)
+    x_t = noised(
+        process,
+        mixture_batch(1).data,
+        torch.randn((1, *SHAPE), generator=generator, dtype=torch.float64),
+        t.expand(1),
+    )
+    end = truth.end(x_t, float(t))
+    # the posterior's mean and a few of its points, by the mixture's own moments
+    mean = mixture.x0(x_t, float(process.alpha(t)), float(process.sigma(t)))
+    bias, spread = [], []
+    widths = [0.2, 0.1, 0.05]
+    for h in widths:
+        r = process.t_of_lam(h)
+        ratio = float(process.sigma(r) / process.sigma(t))
+        gap = float(process.alpha(r)) - ratio * float(process.alpha(t))
+        moved = ratio * x_t + gap * mean  # x_r for the mean clean sample: f is smooth, so the first order is this
+        bias.append(float((truth.end(moved, float(r)) - end).norm()))
+        other = ratio * x_t + gap * (mean + 0.5)
+        spread.append(float((truth.end(other, float(r)) - end).norm()))
+    assert abs(np.polyfit(np.log(widths), np.log(bias), 1)[0] - 2) < 0.2, bias
+    assert abs(np.polyfit(np.log(widths), np.log(spread), 1)[0] - 1) < 0.2, spread
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("process", [VP, fs.EDM(), fs.Flow(), fs.TrigFlow(), fs.VE()], ids=lambda p: f"{p!r:.10}")
+def test_boundary_is_exact(process: fs.Process, prediction: str) -> None:
+    """Where no noise is left the consistency function is the identity, whatever the network says."""
+    denoiser = fs.wrap(Linear(), process, prediction)
+    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.full((3,), process.t_zero, dtype=torch.float64)
+    assert torch.equal(consistency_function(denoiser, x, t, {}), x)
+    # and it is reached continuously: at the least trained noise the state dominates
+    least = torch.full((3,), process.t_end, dtype=torch.float64)
+    near = consistency_function(denoiser, x, least, {})
+    reach = 0.6 if prediction == "x0" else 3 * float(process.rho(process.t_end))
+    assert float((near - x / float(process.alpha(process.t_end))).abs().max()) < reach * 5
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("process", [VP, fs.EDM(), fs.Flow()], ids=lambda p: f"{p!r:.10}")
+def test_training_and_sampling_are_one_function(process: fs.Process, prediction: str) -> None:
+    """The plan's single jump is the consistency function that the loss trains."""
+    if prediction in ("eps", "score") and not bool(process.alpha(process.t_start) > 0):
+        pytest.skip("eps says nothing at zero signal")
+    teacher = fs.wrap(Linear(), process, prediction, sample_shape=SHAPE)
+    method = distill.Consistency(teacher, prediction=prediction)
+    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.full((2,), process.t_start, dtype=torch.float64)
+    state = float(process.sigma(process.t_start)) * x
+    expected = consistency_function(method.denoiser(), state, t, {})
+    got = fs.Sampler(method.denoiser(), plan=method.plan(1))(noise=x)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+# -- average velocities --------------------------------------------------------------------------------------
+
+
+class GaussianVelocity(nn.Module):
+    """The exact average velocity of a straight flow to N(0, c^2): z moves in proportion to its deviation."""
+
+    def __init__(self, process: fs.Process, c: float = 0.5) -> None:
+        super().__init__()
+        self.process, self.c = process, c
+        self.theta = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def deviation(self, tau: Tensor) -> Tensor:
+        return torch.sqrt((1 - tau) ** 2 * self.c**2 + tau**2)
+
+    def rate(self, tau: Tensor) -> Tensor:
+        return (tau - (1 - tau) * self.c**2) / self.deviation(tau) ** 2
+
+    def forward(self, x: Tensor, t: Tensor, step: Tensor | None = None) -> Tensor:
+        alpha, sigma = self.process._at(t)[:2]
+        tau = (sigma / (alpha + sigma)).to(x).reshape(-1, 1, 1, 1)
+        z = x / (alpha + sigma).to(x).reshape(-1, 1, 1, 1)
+        d = torch.zeros_like(tau) if step is None else step.to(x).reshape(-1, 1, 1, 1)
+        safe = torch.where(d > 0, d, 1.0)
+        average = z * (1 - self.deviation(tau - safe) / self.deviation(tau)) / safe
+        flow = torch.where(d > 0, average, z * self.rate(tau)) + self.theta * z
+        # the network's own convention: v of the process
+        p, q = coefficients("v", alpha, sigma, "flow")
+        return (flow - p.to(x).reshape(-1, 1, 1, 1) * x) / q.to(x).reshape(-1, 1, 1, 1)
+
+
+def gaussian(process: fs.Process) -> fs.Denoiser:
+    return fs.wrap(GaussianVelocity(process), process, "v", dtype=torch.float64, sample_shape=SHAPE)
+
+
+STRAIGHT = [fs.Flow(), fs.TrigFlow(), fs.EDM(sigma_max=20.0), VP]
+
+
+@pytest.mark.parametrize("process", STRAIGHT, ids=lambda p: f"{p!r:.10}")
+def test_shortcut_self_consistency_on_a_linear_ode(process: fs.Process) -> None:
+    """Two steps of the exact average velocity are one of twice the size (eq. 4), on any process."""
+    method = distill.Shortcut(gaussian(process), finest=1024)
+    x = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tau = method.tau_max * torch.tensor([1.0, 0.75, 0.5, 0.5, 0.25], dtype=torch.float64)
+    size = method.tau_max * torch.tensor([1.0, 0.5, 0.5, 0.25, 0.125], dtype=torch.float64)
+    t = time_of_fraction(process, tau)
+    twice = method.two_steps("student", x, tau, size / 2, {})
+    once = method.velocity("student", x, t, size, {})
+    # steps that end at zero noise pass no time below the least trained one; the rest are exact
+    torch.testing.assert_close(twice, once, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_shortcut_sampling_is_exact_for_exact_velocities(steps: int) -> None:
+    """Any number of steps ends at the same point: that of the ODE."""
+    for process in STRAIGHT:
+        method = distill.Shortcut(gaussian(process), finest=8)
+        z = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        net = method.nets["student"]
+        assert isinstance(net, GaussianVelocity)
+        start = torch.tensor(method.tau_max, dtype=torch.float64)
+        expected = z * method.tau_max / net.deviation(start) * net.c
+        got = fs.Sampler(method.denoiser(), plan=method.plan(steps))(noise=z)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("process", STRAIGHT, ids=lambda p: f"{p!r:.10}")
+def test_meanflow_identity(process: fs.Process) -> None:
+    """At the exact average velocity the target is the velocity itself; elsewhere it is not."""
+    method = distill.MeanFlow(gaussian(process), different=1.0, jvp="forward")
+    x = 0.5 * torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss = method.loss(Batch.of(x, 0))
+    assert float(loss.max()) < 1e-4, loss  # weight * square: 1 where the error is large
+    net = method.nets["student"]
+    assert isinstance(net, GaussianVelocity)
+    with torch.no_grad():
+        net.theta += 0.3
+    assert float(method.loss(Batch.of(x, 0)).min()) > 0.5
+
+
+# -- progressive ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("process", [VP, fs.Flow(), fs.EDM()], ids=lambda p: f"{p!r:.10}")
+def test_progressive_target_is_two_ddim_steps(process: fs.Process) -> None:
+    """One DDIM step with the target arrives where two steps of the teacher's sampler do."""
+    teacher = fs.wrap(Linear(), process, "v", dtype=torch.float64, sample_shape=SHAPE)
+    method = distill.Progressive(teacher, first=4, total=10)
+    times = fs.grids.make("angle", process, 8, end="zero")
+    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for i in (0, 2, 6):
+        three = times[i : i + 3]
+        plan = fs.solvers.build("ddim", process, grid=three, prediction="v")
+        expected = fs.Sampler(teacher, plan=plan)(x=x)
+        t, middle, s = (v.expand(2) for v in three)
+        target = method.target(teacher, x, t, middle, s, {})
+        torch.testing.assert_close(ddim_step(process, x, target, t, s), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_progressive_halves_in_stages() -> None:
+    method = distill.Progressive(fs.zoo.load("digits"), first=8, convert=0, total=40)
+    assert method.stages == [8, 4, 2, 1]
+    assert [method.stage(s) for s in (0, 9, 10, 19, 20, 39)] == [0, 0, 1, 1, 2, 3]
+    with torch.no_grad():
+        next(iter(method.nets["student"].parameters())).add_(1.0)
+    first = lambda role: next(iter(method.nets[role].parameters()))  # noqa: E731
+    method.after_update(8)
+    assert not torch.equal(first("previous"), first("student"))
+    method.after_update(9)
+    assert torch.equal(first("previous"), first("student"))
+
+
+# -- score distillation --------------------------------------------------------------------------------------
+
+
+class GaussianDenoiser(nn.Module):
+    """The exact x0 of N(0, c^2), elementwise; c is not trained."""
+
+    def __init__(self, process: fs.Process, c: float) -> None:
+        super().__init__()
+        self.process, self.c = process, c
+        self.unused = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (v.to(x).reshape(-1, 1) for v in self.process._at(t.double())[:2])
+        return alpha * self.c**2 / (alpha**2 * self.c**2 + sigma**2) * x + 0 * self.unused
+
+
+class Scale(nn.Module):
+    """The generator theta z."""
+
+    def __init__(self, theta: float) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor(theta, dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.theta * x
+
+
+@pytest.fixture
+def scores() -> tuple[Callable[..., Any], float, float, float]:
+    """A method on Gaussians: teacher N(0, c^2), generator and fake N(0, theta^2), one noise level."""
+    process, c, theta, rho = fs.EDM(), 0.5, 0.8, 0.7
+
+    def make(kind: type, **settings: Any) -> Any:
+        wrap = lambda net: fs.wrap(net, process, "x0", dtype=torch.float64, sample_shape=(1,))  # noqa: E731
+        method = kind(wrap(GaussianDenoiser(process, c)), wrap(Scale(theta)), init_rho=2.5, **settings)
+        method.nets["fake"] = GaussianDenoiser(process, theta)
+        return method
+
+    return make, c, theta, rho
+
+
+N = 400_000
+
+
+def generated(method: Any, theta: float, rho: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    z, eps = (torch.randn(N, 1, generator=generator, dtype=torch.float64) for _ in range(2))
+    # exact moments: what is left of chance is fourth order
+    z, eps = z / z.square().mean().sqrt(), eps / eps.square().mean().sqrt()
+    eps = eps - z * (z * eps).mean()
+    x0 = method.nets["student"](z, None)
+    return z, x0, x0 + rho * eps, torch.full((N,), rho, dtype=torch.float64)
+
+
+def test_dmd_gradient_on_gaussians(scores: Any) -> None:
+    """The matching gradient is that of KL(q_t || p_t), which Gaussians have in closed form."""
+    make, c, theta, rho = scores
+    method = make(distill.DMD2, gan=0.0)
+    z, x0, x_t, t = generated(method, theta, rho)
+    batch = Batch.of(torch.zeros(N, 1, dtype=torch.float64))
+    real = predict(method.teacher, x_t, t, {})
+    weight = (x0 - real).detach().abs()[:, 0]
+    (method.generator_loss(batch, x0, x_t, t) * weight).mean().backward()
+    # KL = (v_q / v_p - 1 - log(v_q / v_p)) / 2 with v = theta^2 + rho^2, c^2 + rho^2; f = x + rho^2 score
+    v_q, v_p = theta**2 + rho**2, c**2 + rho**2
+    kl = theta * (1 / v_p - 1 / v_q)
+    assert float(method.nets["student"].theta.grad) == pytest.approx(rho**2 * kl, rel=2e-2)
+    gradient = matching_gradient(x0, real, predict(method.denoiser("fake"), x_t, t, {}))
+    assert float((gradient.detach()[:, 0] * weight * z[:, 0]).mean()) == pytest.approx(rho**2 * kl, rel=2e-2)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.2])
+def test_sid_gradient_on_gaussians(scores: Any, alpha: float) -> None:
+    """The score identity loss is a polynomial of theta for Gaussians (gradients go through both inputs)."""
+    make, c, theta, rho = scores
+    method = make(distill.SiD, alpha=alpha)
+    _, x0, x_t, t = generated(method, theta, rho)
+    batch = Batch.of(torch.zeros(N, 1, dtype=torch.float64))
+    weight = (x0 - predict(method.teacher, x_t, t, {})).detach().abs()[:, 0]
+    (method.generator_loss(batch, x0, x_t, t) * weight).mean().backward()
+    k_p, k_q = (s**2 / (s**2 + rho**2) for s in (c, theta))
+    a = k_p - k_q
+    # E[a x_t (k_p x_t - x_g - alpha a x_t)] = a ((k_p - alpha a)(theta^2 + rho^2) - theta^2)
+    expected = a * ((k_p - alpha * a) * 2 * theta - 2 * theta)
+    assert float(method.nets["student"].theta.grad) == pytest.approx(expected, rel=2e-2)
+
+
+def test_a_generator_that_has_the_data_stays(scores: Any) -> None:
+    """Equal scores: no gradient from either method."""
+    make, c, _, rho = scores
+    for kind, settings in ((distill.DMD2, {"gan": 0.0}), (distill.SiD, {})):
+        method = make(kind, **settings)
+        with torch.no_grad():
+            method.nets["student"].theta.fill_(c)
+        method.nets["fake"] = GaussianDenoiser(fs.EDM(), c)
+        _, x0, x_t, t = generated(method, c, rho)
+        method.generator_loss(Batch.of(torch.zeros(N, 1, dtype=torch.float64)), x0, x_t, t).mean().backward()
+        assert abs(float(method.nets["student"].theta.grad)) < 1e-12
+
+
+# -- derivatives ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("process", [VP, fs.EDM(), fs.Flow()], ids=lambda p: f"{p!r:.10}")
+@pytest.mark.parametrize("space", ["v", "flow"])
+def test_tangents_are_derivatives(process: fs.Process, space: str) -> None:
+    """Forward mode through network, time input and coefficients, against differences of the whole in float64."""
+    net = fs.zoo.load("digits").net
+    assert isinstance(net, nn.Module)
+    import copy
+
+    net = copy.deepcopy(net).double()
+    denoiser = fs.wrap(net, process, "v", time_input="c_noise", sample_shape=SHAPE)
+    generator = torch.Generator().manual_seed(0)
+    x, dx = (torch.randn(3, *SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
+    t = process.t_of_rho(torch.tensor([0.3, 1.0, 2.0]))
+    dt = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64) * (t / 10)
+    value, tangent = Tangent("forward")(denoiser, space, x, t, dx, dt, {})
+    h = 1e-6
+    with torch.no_grad():
+        ahead, behind = (predict(denoiser, x + s * h * dx, t + s * h * dt, {}, space) for s in (1, -1))
+        torch.testing.assert_close(value, predict(denoiser, x, t, {}, space))
+    torch.testing.assert_close(tangent, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-6)
+    _, difference = Tangent("difference")(denoiser, space, x, t, dx, dt, {})
+    torch.testing.assert_close(difference, tangent, rtol=1e-4, atol=1e-5)
+
+
+class _Silent(torch.autograd.Function):
+    """An operator whose forward rule gives zeros, as that of ``torch.library.custom_op`` does."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor) -> Tensor:
+        return torch.zeros_like(dx)
+
+
+class _Loud(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+
+@pytest.mark.parametrize(("operator", "why"), [(_Silent, "disagrees"), (_Loud, "fails")])
+def test_broken_forward_mode_is_replaced_aloud(
+    operator: Any, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return operator.apply(x) * torch.cos(t).reshape(-1, 1, 1, 1)
+
+    denoiser = fs.wrap(Net(), fs.TrigFlow(), "v", sample_shape=SHAPE)
+    x, dx = torch.randn(2, 2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    t, dt = torch.tensor([[0.5, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    tangent = Tangent("auto")
+    _, got = tangent(denoiser, "v", x, t, dx, dt, {})
+    assert tangent.mode == "difference"
+    assert why in caplog.text
+    cos, sin = (f(t).float().reshape(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
+    expected = (1 - torch.tanh(x) ** 2) * dx * cos - torch.tanh(x) * sin
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_sound_networks_use_forward_mode(caplog: pytest.LogCaptureFixture) -> None:
+    method = distill.SCM(fs.zoo.load("digits"), convert=0, total=10)
+    x, labels = fs.zoo.data.digits("train")
+    method.loss(Batch.of(x[:4], labels=labels[:4]))
+    assert method._tangent.mode == "forward"
+    assert not caplog.records
+
+
+def test_scm_tangent_vanishes_at_the_truth() -> None:
+    """df/dphi of the true consistency function along the trajectory is zero: g is, too, once warmed up."""
+    process = fs.TrigFlow()
+
+    class True1D(nn.Module):
+        """N(0, c^2): f = c z / m(phi), m^2 = c^2 cos^2 + sin^2; F = (cos z - f) / sin."""
+
+        c = 0.5
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            cos, sin = (f(t).to(x).reshape(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
+            m = torch.sqrt(self.c**2 * cos**2 + sin**2)
+            return (cos * x - self.c * x / m) / sin
+
+    class Teacher(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            cos, sin = (f(t).to(x).reshape(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
+            return (1 - 0.25) * cos * sin / (0.25 * cos**2 + sin**2) * x  # dz/dphi = z m'/m
+
+    wrap = lambda net: fs.wrap(net, process, "v", dtype=torch.float64, sample_shape=SHAPE)  # noqa: E731
+    x = 0.5 * torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    warmed = distill.SCM(wrap(Teacher()), wrap(True1D()), warmup=0)
+    assert float(warmed.loss(Batch.of(x)).max()) < 1e-12
+    cold = distill.SCM(wrap(Teacher()), wrap(True1D()), warmup=100)
+    assert float(cold.loss(Batch.of(x)).min()) > 1e-6
+
+
+# -- tables --------------------------------------------------------------------------------------------------
+
+
+def test_ict_tables() -> None:
+    """The discretisation curriculum of the paper's 400,000 updates, and its lognormal noise levels."""
+    teacher = fs.wrap(Linear(), fs.EDM(), "x0", sample_shape=SHAPE)
+    method = distill.ICT(teacher, total=400_000)
+    doubled = [method.intervals(s) for s in (0, 49_999, 50_000, 100_000, 150_000, 349_999, 350_000, 399_999)]
+    assert doubled == [10, 10, 20, 40, 80, 640, 1280, 1280]
+    levels = method.levels(17)
+    assert float(levels[0]) == pytest.approx(0.002)
+    assert float(levels[-1]) == pytest.approx(80.0)
+    assert float(levels[-2]) == pytest.approx(57.586, rel=1e-4)  # EDM's 18 steps (Karras et al. 2022)
+    cdf = scipy.stats.lognorm(s=2.0, scale=math.exp(-1.1)).cdf(levels.numpy())
+    np.testing.assert_allclose(method.probabilities(levels).numpy(), np.diff(cdf) / (cdf[-1] - cdf[0]), rtol=1e-6)
+
+
+def test_ect_schedule() -> None:
+    """r of eq. 16, by numbers worked out by hand."""
+    method = distill.ECT(fs.wrap(Linear(), fs.EDM(), "x0", sample_shape=SHAPE), total=8)
+    t = torch.tensor([1.0, 80.0], dtype=torch.float64)
+    assert method.lower(t, 0).tolist() == pytest.approx([0.0, 40.0])  # n(1) = 3.1515: clipped; n(80) = 1
+    assert method.lower(t, 3).tolist() == pytest.approx([0.803029, 75.0], rel=1e-5)
+    assert method.lower(t, 7).tolist() == pytest.approx([0.987689, 79.6875], rel=1e-5)
+
+
+def test_settings_are_refused_early() -> None:
+    teacher = fs.zoo.load("digits")
+    for kind, settings, message in (
+        (distill.Consistency, {"metric": "l3"}, "metric='l3'"),
+        (distill.Consistency, {"intervals": 0}, "intervals=0"),
+        (distill.Shortcut, {"finest": 100}, "finest=100"),
+        (distill.Progressive, {"first": 6}, "first=6"),
+        (distill.SiD, {"init_rho": 1e4}, "init_rho=10000"),
+        (distill.DMD2, {"at": "nowhere"}, "at='nowhere'"),
+        (distill.Shortcut, {"at": "nowhere"}, "at='nowhere'"),
+        (distill.SCM, {"jvp": "backward"}, "jvp='backward'"),
+        (distill.Knowledge, {"pairs": 0}, "pairs=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kind(teacher, **settings)
+    with pytest.raises(TypeError, match="wrap the network first"):
+        distill.Consistency(teacher.net)
+    with pytest.raises(TypeError, match="give student="):
+        distill.Consistency(mixture_teacher())
+    with pytest.raises(ValueError, match="wrap the student's network with the teacher's process"):
+        distill.Consistency(teacher, fs.wrap(Linear(), fs.Flow(), "v"))
+    with pytest.raises(ValueError, match="whole times only"):
+        method = distill.SCM(fs.wrap(Linear(), VP, "v", quantize=True, sample_shape=SHAPE), warmup=0)
+        method.loss(Batch.of(torch.zeros(2, *SHAPE, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("name", sorted(distill.METHODS))
+def test_every_method_trains_in_a_bare_loop(name: str, tmp_path: Any) -> None:
+    """Loss, gradient and update without the trainer; then samples at each of its numbers of steps."""
+    teacher = fs.zoo.load("digits")
+    x, labels = fs.zoo.data.digits("train")
+    kind = getattr(distill, distill.METHODS[name][1])
+    method = kind(teacher, convert=0, **({"pairs": 64, "pair_steps": 2} if name in ("knowledge", "reflow") else {}))
+    method.begin(4)
+    method.prepare((x, labels), tmp_path)
+    before = [p.detach().clone() for p in method.nets["student"].parameters()]
+    optimizers = {r: torch.optim.Adam(method.nets[r].parameters(), lr=1e-3) for r in method.trained}
+    for step in range(2):
+        batch = Batch.of(x[:16], step, labels=labels[:16])
+        for role in method.roles(step):
+            with method.training(role):
+                loss = method.loss(batch, role)
+                assert loss.shape == (16,)
+                assert bool(torch.isfinite(loss).all())
+                optimizers[role].zero_grad()
+                loss.mean().backward()
+                optimizers[role].step()
+        method.after_update(step)
+    after = list(method.nets["student"].parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(p.grad is None for p in teacher.net.parameters())  # type: ignore[attr-defined]
+    for steps in method.steps:
+        sampler = fs.Sampler(method.denoiser(), plan=method.plan(steps))
+        assert sampler(n=2, seed=0, labels=[1, 2]).shape == (2, *SHAPE)
+        assert sampler.plan.nfe == steps
+
+
+@pytest.mark.parametrize("process", [VP, fs.EDM(), fs.Flow(), fs.TrigFlow()], ids=lambda p: f"{p!r:.10}")
+@pytest.mark.parametrize("name", sorted(distill.METHODS))
+def test_any_process_and_prediction(name: str, process: fs.Process, tmp_path: Any) -> None:
+    """The same method on other processes and prediction types: finite losses, and plans that fit."""
+    from fastsample.zoo.unet import UNet
+
+    torch.manual_seed(0)
+    net = UNet(8, 2, channels=8, multipliers=[1], patch=2, num_classes=None)
+    prediction = "x0" if isinstance(process, fs.EDM) else "v"
+    teacher = fs.wrap(net, process, prediction, time_input="c_noise", sample_shape=(2, 8, 8))
+    if not isinstance(process, fs.EDM):  # c_noise is infinite at zero signal
+        teacher = teacher.replace(time_input="t")
+    kind = getattr(distill, distill.METHODS[name][1])
+    method = kind(teacher, **({"pairs": 16, "pair_steps": 2} if name in ("knowledge", "reflow") else {}))
+    method.begin(4)
+    x = torch.randn(8, 2, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    method.prepare(x, tmp_path)
+    for role in method.roles(0):
+        with method.training(role):
+            loss = method.loss(Batch.of(x), role)
+            assert bool(torch.isfinite(loss).all()), (role, loss)
+            loss.mean().backward()
+            grads = [p.grad for p in method.nets[role].parameters() if p.grad is not None]
+            assert grads
+            assert all(bool(torch.isfinite(g).all()) for g in grads)
+    assert fs.Sampler(method.denoiser(), plan=method.plan(method.steps[0]))(n=2, seed=0).shape == (2, 2, 8, 8)
