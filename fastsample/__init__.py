@@ -31,17 +31,19 @@ _WHERE = {
     "Trajectory": "sampler",
     "NonFiniteError": "errors",
     "tune": "tuning",
+    "load": "distill.student",
     "accelerate": "integrations.pipelines",
     "unaccelerate": "integrations.pipelines",
 }
-_MODULES = ("solvers", "grids", "hooks", "noise", "zoo", "metrics", "adaptive", "tuning", "integrations")
+_MODULES = ("solvers", "grids", "hooks", "noise", "zoo", "metrics", "adaptive", "tuning", "distill", "integrations")
 
 __all__ = ["__version__", *_WHERE, *_MODULES]
 
 if TYPE_CHECKING:
-    from . import adaptive, grids, hooks, integrations, metrics, noise, solvers, tuning, zoo
+    from . import adaptive, distill, grids, hooks, integrations, metrics, noise, solvers, tuning, zoo
     from .builder import Builder
     from .denoiser import Denoiser, Guidance, wrap
+    from .distill.student import load
     from .errors import NonFiniteError
     from .integrations.pipelines import accelerate, unaccelerate
     from .plan import Plan

@@ -28,8 +28,8 @@ class OnPairs(Method):
     """
 
     pairs: int = 20_000
-    pair_solver: str = "auto"
-    pair_steps: int = 20
+    pair_solver: str = "unipc"
+    pair_steps: int = 16
 
     uses_data: ClassVar[bool] = False
     converts: ClassVar[bool] = False

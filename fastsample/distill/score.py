@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import grids
+from .adapters import bottleneck, outputs
 from .batch import Batch
+from .judge import Judging
 from .method import Method, squared
 from .prediction import column, consistency_function, noised, predict
 
@@ -23,14 +27,20 @@ class ScoreDistillation(Method):
             prediction there is a good first generator (SiD: 2.5).
         jumps: steps of the generator; each but the last puts noise back (DMD2, section 4.4).
         t_low, t_high: noise levels are drawn evenly between these shares of the range of angles.
+        gan: weight of a discriminator in the generator's loss (DMD2, section 4.3; for SiD: Zhou et al. 2024,
+            arXiv:2410.14919); it reads an inner output of the fake network. 0 is none, and no data are needed.
+        gan_fake: its weight in the fake network's loss.
+        at: the module whose output the discriminator reads; the narrowest is found by itself.
     """
 
     init_rho: float = 2.5
     jumps: int = 1
     t_low: float = 0.02
     t_high: float = 0.98
+    gan: float = 1e-2
+    gan_fake: float = 1e-2
+    at: str | None = None
 
-    uses_data: ClassVar[bool] = False
     converts: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 3e-4
     betas: ClassVar[tuple[float, float]] = (0.0, 0.999)
@@ -67,7 +77,15 @@ class ScoreDistillation(Method):
 
     def fake(self) -> torch.nn.Module:
         """The network that follows the generator's scores: it starts as the student."""
-        return self.copy_of("student").requires_grad_(True).train()
+        net = self.copy_of("student").requires_grad_(True).train()
+        if not self.gan:
+            return net
+        x, told, conditions = self.example("student", {})
+        seen = outputs(net, x, told, conditions)
+        at = bottleneck(net, seen) if self.at is None else self.at
+        if at not in seen:
+            raise ValueError(f"at={at!r}: no module of that name ran with a tensor as its output")
+        return Judging(net, at, seen[at][0])
 
     def generate(self, batch: Batch, name: str) -> Tensor:
         """The generator's samples; with several jumps, each sample stops at one of them, drawn at random."""
@@ -96,17 +114,37 @@ class ScoreDistillation(Method):
         v = column(process.alpha(t) / radius, x0) * eps - column(process.sigma(t) / radius, x0) * x0
         return squared(predict(self.denoiser("fake"), x_t, t, conditions, "v") - v)
 
+    @property
+    def uses_data(self) -> bool:  # type: ignore[override]
+        """Whether there is a discriminator."""
+        return self.gan > 0
+
+    def judged(self, x_t: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+        """The discriminator's logits (B,) for noised samples."""
+        fake = self.denoiser("fake")
+        told = fake.told(fake.process.network_time(t)).to(x_t.device, fake.time_dtype(x_t.dtype))
+        return fake.net(x_t, told, judge=True, **{**fake.conditions, **conditions})
+
     def objective(self, batch: Batch, role: str) -> Tensor:
-        if role == "fake":
-            with torch.no_grad():
-                x0 = self.generate(batch, "fake.z")
-            t, eps = self.time(batch, "fake.t"), batch.normal("fake.eps")
-            x_t = noised(self.teacher.process, x0, eps, t)
-            return self.following(x_t, x0, eps, t, batch.conditions)
-        x0 = self.generate(batch, "z")
-        t = self.time(batch, "t")
-        return self.generator_loss(batch, x0, noised(self.teacher.process, x0, batch.normal("eps"), t), t)
+        process = self.teacher.process
+        if role == "student":
+            x0, t = self.generate(batch, "z"), self.time(batch, "t")
+            x_t = noised(process, x0, batch.normal("eps"), t)
+            loss = self.generator_loss(batch, x0, x_t, t)
+            if self.gan:
+                loss = loss + self.gan * F.softplus(-self.judged(x_t, t, batch.conditions))
+            return loss
+        with torch.no_grad():
+            x0 = self.generate(batch, "fake.z")
+        t, eps = self.time(batch, "fake.t"), batch.normal("fake.eps")
+        x_t = noised(process, x0, eps, t)
+        loss = self.following(x_t, x0, eps, t, batch.conditions)
+        if self.gan:
+            real_t = noised(process, batch.data, batch.normal("real.eps"), t)
+            made, real = (self.judged(x, t, batch.conditions) for x in (x_t, real_t))
+            loss = loss + self.gan_fake * (F.softplus(made) + F.softplus(-real))
+        return loss
 
     def generator_loss(self, batch: Batch, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The generator's loss (B,), from its samples and the same noised to t."""
+        """The generator's loss (B,) without the discriminator, from its samples and the same noised to t."""
         raise NotImplementedError

@@ -91,8 +91,8 @@ class Trainer:
     seed: int = 0
     metric: str | None = None
     evaluate_every: int | None = None
-    samples: int = 1000
-    final_samples: int = 5000
+    samples: int = 2000
+    final_samples: int = 10_000
     save_every: int | None = None
     keep: int = 2
     log_every: int = 50
@@ -216,6 +216,7 @@ class _Run:
 
     def __init__(self, trainer: Trainer, folder: Path, resume: bool | None) -> None:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
         self.trainer, self.folder = trainer, folder
         self.checkpoints = Checkpoints(folder / "checkpoints", trainer.keep)
@@ -225,6 +226,7 @@ class _Run:
             raise ValueError(f"resume=False, but {folder} holds a training; give another folder, or delete it")
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         cpu = trainer.device == "cpu" or (launched and not torch.cuda.is_available())
+        AcceleratorState._reset_state()  # of another training in this process, which had its own precision
         self.accelerator = Accelerator(mixed_precision=trainer.precision, cpu=cpu)
         self.device = (
             self.accelerator.device if trainer.device in ("auto", "cpu") else torch.device(trainer.device)
@@ -376,6 +378,7 @@ class _Run:
                     self.step,
                     trainer.batch_size,
                     self.device,
+                    x.dtype,
                 )
                 losses = self._update(batch)
                 method.after_update(self.step)
@@ -461,7 +464,8 @@ class _Run:
     def student(self, net: nn.Module) -> Student:
         """A student with these weights."""
         method = self.method
-        denoiser = method.denoiser().replace(net=net)
+        dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
+        denoiser = method.denoiser().replace(net=net, dtype=dtype)
         name = next((k for k, (_, c) in _methods().items() if c == type(method).__name__), type(method).__name__)
         settings = {k: v for k, v in method.settings.items() if v is not None}
         return Student(denoiser, method.solver, method.solver_options, method.steps, {"name": name, **settings})
@@ -507,7 +511,7 @@ class _Run:
         trainer, folder = self.trainer, self.folder
         self.accelerator.wait_for_everyone()
         net = copy.deepcopy(next(iter(self.averages.nets.values())))
-        net.load_state_dict(load_file(self.best.file, device=str(self.device)))
+        net.load_state_dict(load_file(self.best.file))
         student = self.student(net.eval())
         if not self.main:
             return student
