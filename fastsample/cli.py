@@ -25,6 +25,7 @@ _SUMMARY = {
     "sample": "write images (PNG) and a grid of them",
     "bench": "measure solvers against steps and time; writes report.html, results.json, results.csv",
     "tune": "fit a solver to a model: the same quality in fewer evaluations, as a small JSON file",
+    "distill": "train a student of one to four steps from a model; writes its folder with a model card",
     "report": "write the report of a run again, also of an unfinished one or of several runs together",
     "compare": "what got better or worse between two runs, beyond the uncertainty; an exit status for CI",
     "doctor": "what works here (devices, kernels, metrics, libraries), and why not what does not",
@@ -48,6 +49,13 @@ fastsample tune model=digits steps=[4,5,8] out=runs/tuned
 fastsample bench 'solvers=[auto,dpmpp_2m,{plan: runs/tuned}]' nfe=[4,5,8]      # beside the others
 fastsample sample 'solver={plan: runs/tuned/tuned-5.json}'
 fastsample tune model._target_=my.module.make_model shape=[3,32,32] steps=6 budget='10 min'""",
+    "distill": """\
+fastsample distill method=shortcut teacher=digits out=runs/my-student
+fastsample distill method=ect trainer.steps=5000 trainer.batch_size=128 method.q=4
+fastsample bench model=runs/my-student nfe=[4,8,16]              # the student beside its teacher
+fastsample sample model=runs/my-student steps=1
+fastsample distill teacher._target_=my.module.make_model data=cifar10 evaluation.metric=fid trainer.precision=bf16
+accelerate launch -m fastsample.cli distill method=dmd2 ...      # several GPUs""",
     "report": """\
 fastsample report run=runs/bench
 fastsample report run=runs/bench out=public/bench
@@ -86,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from fastsample.conf import register
 
     register()
+    if command == "distill":
+        from fastsample.conf import register_methods
+
+        register_methods()
     overrides = _checked(command, rest)
     task = _task(command, f"fastsample {shlex.join([command, *rest])}", debugging=_debugging())
     sys.argv = [f"fastsample {command}", *overrides]
@@ -173,6 +185,12 @@ def _tune(config: Any, line: str) -> None:
         print(f"wrote {path}")
 
 
+def _distill(config: Any, line: str) -> None:
+    from fastsample.bench.distill import distill
+
+    print(f"student: {distill(config)}")
+
+
 def _report(config: Any, line: str) -> None:
     from fastsample.bench.report import render_runs
 
@@ -203,6 +221,7 @@ _RUN: dict[str, Callable[[Any, str], None]] = {
     "sample": _sample,
     "bench": _bench,
     "tune": _tune,
+    "distill": _distill,
     "report": _report,
     "compare": _compare,
     "doctor": _doctor,

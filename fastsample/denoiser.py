@@ -164,6 +164,7 @@ class Denoiser:
         dtype: the network's own precision; None hands the state over as it is.
         conditions: conditions that every call has (a call's own ones override them).
         sample_shape: the shape of one sample, where the model knows it.
+        source: where it came from, for the record: an embedded model's name, or the settings that make it.
     """
 
     net: Callable[..., Any]
@@ -175,6 +176,7 @@ class Denoiser:
     dtype: torch.dtype | None = None
     conditions: Mapping[str, Any] = field(default_factory=dict)
     sample_shape: tuple[int, ...] | None = None
+    source: Any = None
 
     def replace(self, **changes: Any) -> Denoiser:
         """A copy with other settings."""

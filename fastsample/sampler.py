@@ -73,6 +73,7 @@ class Sampler:
 
     Attributes:
         plan: the table.
+        identity: what else tells it from others with the same plan (a student's weights), for the record.
 
     Raises:
         ValueError: an argument that cannot be used; the message names it and the remedy.
@@ -147,6 +148,7 @@ class Sampler:
                 'fs.wrap(net, fs.VP.linear(), prediction="eps")'
             )
         self.denoiser, self.hooks = denoiser, tuple(hooks)
+        self.identity: str | None = None
         self._graphs: dict[Hashable, Captured] = {}
 
     def __repr__(self) -> str:

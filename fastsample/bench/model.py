@@ -53,7 +53,8 @@ def load_model(
     """The model that ``model=`` names.
 
     Args:
-        model: name of an embedded model, or ``{"_target_": "module.function", ...}`` that returns a Denoiser.
+        model: name of an embedded model, the folder of a student, or ``{"_target_": "module.function", ...}``
+            that returns a Denoiser.
         shape: shape of one sample where the denoiser does not say.
         classes: number of classes of a model that is not embedded.
         guidance: classifier-free guidance scale.
@@ -62,7 +63,15 @@ def load_model(
     Raises:
         ValueError: on an unknown name, a target that fails or returns something else, or a missing shape.
     """
-    if isinstance(model, str):
+    described: Any
+    null: dict[str, Any]
+    if isinstance(model, str) and student_folder(model):
+        from fastsample.distill.student import load
+
+        student = load(model)
+        name, denoiser, described, null = model, student.denoiser, model, {}
+        classes = student.training.get("classes") if classes is None else classes
+    elif isinstance(model, str):
         from fastsample import zoo
         from fastsample.zoo.data import NUM_CLASSES
 
@@ -70,8 +79,8 @@ def load_model(
             raise unknown("model", model, zoo.names())
         name, denoiser = model, zoo.load(model)
         classes = NUM_CLASSES
-        null: dict[str, Any] = {"null": {"labels": NUM_CLASSES}}
-        described: Any = model
+        null = {"null": {"labels": NUM_CLASSES}}
+        described = model
     elif isinstance(model, Mapping) and "_target_" in model:
         from hydra.errors import InstantiationException
         from hydra.utils import instantiate
@@ -85,7 +94,8 @@ def load_model(
             raise ValueError(f"model._target_={name}: {error}") from error
     else:
         raise ValueError(
-            f"model={model!r}: give the name of an embedded model, or model._target_=my.module.make_model"
+            f"model={model!r}: give the name of an embedded model, the folder of a student, or "
+            "model._target_=my.module.make_model"
         )
     if not isinstance(denoiser, Denoiser):
         raise ValueError(
@@ -94,6 +104,7 @@ def load_model(
         )
     if isinstance(denoiser.net, nn.Module):
         denoiser.net.to(device).eval()
+    denoiser = denoiser.replace(source=described)
     if guidance != 1:
         denoiser = denoiser.guided(guidance, **null)
     full = tuple(shape) if shape is not None else denoiser.sample_shape
@@ -109,6 +120,11 @@ def load_model(
         "guidance": guidance,
     }
     return Model(name, denoiser, full, classes, identity)
+
+
+def student_folder(model: Any) -> bool:
+    """Whether ``model=`` names a folder (of a student) rather than an embedded model."""
+    return isinstance(model, str) and Path(model).is_dir()
 
 
 def _weights_sha256(net: Any) -> str | None:
@@ -188,6 +204,11 @@ def solver_label(solver: Any) -> str:
         if unknown_keys:
             raise ValueError(f"solver={dict(solver)}: a plan file takes no {', '.join(sorted(unknown_keys))}")
         return str(solver.get("label", "tuned"))
+    if isinstance(solver, Mapping) and "student" in solver:
+        unknown_keys = set(solver) - {"student", "label"}
+        if unknown_keys:
+            raise ValueError(f"solver={dict(solver)}: a student takes no {', '.join(sorted(unknown_keys))}")
+        return str(solver.get("label", Path(str(solver["student"])).name))
     if isinstance(solver, str):
         return solver
     if isinstance(solver, Mapping) and "label" in solver:
@@ -198,8 +219,8 @@ def solver_label(solver: Any) -> str:
         options = ", ".join(f"{key}={value}" for key, value in solver.items() if key != "name")
         return f"{solver['name']}({options})" if options else solver["name"]
     raise ValueError(
-        f"solver={solver!r}: give a name, {{name: ddim, eta: 0.5}}, {{plan: tuned.json}} or "
-        "{_target_: my.module.sample} (each with label: NAME, too)"
+        f"solver={solver!r}: give a name, {{name: ddim, eta: 0.5}}, {{plan: tuned.json}}, "
+        "{student: FOLDER} or {_target_: my.module.sample} (each with label: NAME, too)"
     )
 
 
@@ -236,6 +257,13 @@ def check_names(solver: Any, grid: str | None) -> None:
         for file in files:
             Plan.load(file)
         return
+    if isinstance(solver, Mapping) and "student" in solver:
+        if grid is not None:
+            raise ValueError(f"student={solver['student']} has plans of its own; use grids=[null]")
+        from fastsample.distill.checkpoint import verify
+
+        verify(Path(str(solver["student"])))
+        return
     if isinstance(solver, Mapping) and "_target_" in solver:
         return
     name = solver if isinstance(solver, str) else solver["name"]
@@ -265,6 +293,8 @@ def make_sampler(denoiser: Denoiser, solver: Any, steps: int, grid: str | None, 
         if len(files) > 1:
             raise ValueError(f"plan={solver['plan']} names {len(files)} files; give the one to use")
         return Sampler(denoiser, plan=files[0])
+    if isinstance(solver, Mapping) and "student" in solver:
+        return student_sampler(denoiser, solver["student"], steps)
     from fastsample.bench import peers
 
     options = {} if isinstance(solver, str) else dict(solver)
@@ -280,6 +310,34 @@ def make_sampler(denoiser: Denoiser, solver: Any, steps: int, grid: str | None, 
         if key in options:
             raise ValueError(f"solver={solver_label(solver)}: {key} is no option of a solver")
     return Sampler(denoiser, name, steps, **({"grid": grid, "end": end} | options))
+
+
+def student_sampler(denoiser: Denoiser, folder: Any, steps: int) -> Sampler:
+    """The sampler of a student, whose evaluations count like those of ``denoiser`` (its teacher).
+
+    Raises:
+        ValueError: its samples have another shape.
+    """
+    from fastsample.distill.checkpoint import MANIFEST, sha256
+    from fastsample.distill.student import load
+
+    student = load(str(folder), device=denoiser.device)
+    shapes = denoiser.sample_shape, student.denoiser.sample_shape
+    if None not in shapes and shapes[0] != shapes[1]:
+        raise ValueError(f"student={folder} makes samples of shape {shapes[1]}, the model of {shapes[0]}")
+    own = student.denoiser
+    if isinstance(denoiser, _CountedDenoiser):
+        own, _ = counted(own, denoiser._tally)
+    sampler = Sampler(own, plan=student.plan(steps))
+    sampler.identity = sha256(Path(str(folder)) / MANIFEST)
+    return sampler
+
+
+def student_steps(folder: Any) -> tuple[int, ...]:
+    """The numbers of steps that a student was made for."""
+    from fastsample.distill.student import load
+
+    return load(str(folder)).steps
 
 
 class Tally:
@@ -320,11 +378,11 @@ class _CountedModule(nn.Module):
         return self.net(x, t, **conditions)
 
 
-def counted(denoiser: Denoiser) -> tuple[Denoiser, Tally]:
+def counted(denoiser: Denoiser, tally: Tally | None = None) -> tuple[Denoiser, Tally]:
     """The same denoiser with every network row and every evaluation counted in the tally."""
     import dataclasses
 
-    tally = Tally()
+    tally = Tally() if tally is None else tally
     net = denoiser.net
     if isinstance(net, nn.Module):
         counting: Any = _CountedModule(net, tally)

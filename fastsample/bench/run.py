@@ -16,9 +16,9 @@ import statistics
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ from fastsample.bench.model import (
     plan_files,
     resolve_device,
     solver_label,
+    student_folder,
+    student_steps,
 )
 from fastsample.bench.peers import PREFIX, FunctionSampler, Peer, installed
 from fastsample.bench.provenance import device_name, provenance
@@ -87,9 +89,26 @@ def bench(config: BenchConfig, command: str | None = None) -> Path:
     from fastsample.bench.report import render_run
 
     with _disk(config):
+        with checking():
+            config = _beside_its_teacher(config)
         job = _prepare(config)
         job.execute(command)
         return render_run(Path(config.out)) if rank_and_size()[0] == 0 else Path(config.out) / "report.html"
+
+
+def _beside_its_teacher(config: BenchConfig) -> BenchConfig:
+    """``model=`` a student's folder is its teacher with the student among the solvers."""
+    if not student_folder(config.model):
+        return config
+    from fastsample.distill.student import load
+
+    teacher = load(config.model).training.get("teacher")
+    if teacher is None:
+        raise ValueError(
+            f"model={config.model} does not say who its teacher is; name it, and the student among the solvers: "
+            f"model=... 'solvers=[auto,{{student: {config.model}}}]'"
+        )
+    return replace(config, model=teacher, solvers=[*config.solvers, {"student": config.model}])
 
 
 @contextmanager
@@ -403,6 +422,8 @@ def _prepare(config: BenchConfig) -> _Job:
         plan = hashlib.sha256(sampler.plan.to_json().encode()).hexdigest()
         reference = bool(more.pop("is_reference", False))
         spec = {**identity, "plan": plan, "seed": seed, "reference": more}
+        if (student := getattr(sampler, "identity", None)) is not None:
+            spec["student"] = student
         return Cell(solver_label(solver), steps, grid, seed, spec, reference)
 
     with checking("reference"):
@@ -529,6 +550,8 @@ def _samplers(
         if len(samplers) < len(files):
             raise ValueError(f"plan={solver['plan']}: two of its plans have the same number of evaluations")
         return [samplers[nfe] for nfe in sorted(samplers)]
+    if isinstance(solver, Mapping) and "student" in solver:
+        return [make_sampler(denoiser, solver, k, None, None) for k in student_steps(solver["student"])]
     made: dict[int, Any] = {}
 
     def make(steps: int) -> Any:

@@ -17,6 +17,7 @@ from fastsample.bench.model import (
     load_model,
     make_sampler,
     resolve_device,
+    student_folder,
 )
 from fastsample.conf import SampleConfig
 from fastsample.errors import NonFiniteError
@@ -42,12 +43,15 @@ def sample(config: SampleConfig) -> Path:
             if config.threads < 1:
                 raise ValueError(f"threads={config.threads}: at least 1 is needed")
             torch.set_num_threads(config.threads)
-        check_names(config.solver, config.grid)
+        solver = config.solver
+        if student_folder(config.model) and solver == "auto":
+            solver = {"student": config.model}
+        check_names(solver, config.grid)
         device = resolve_device(config.device)
         model = load_model(
             config.model, shape=config.shape, classes=config.classes, guidance=config.guidance, device=device
         )
-        sampler = make_sampler(model.denoiser, config.solver, config.steps, config.grid, config.end)
+        sampler = make_sampler(model.denoiser, solver, config.steps, config.grid, config.end)
         index = torch.arange(config.n, device=device)
         labels = draw_labels(config.labels, model.classes, config.seed, index)
         check_conditions(model, labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastsample.conf.schema import (
     BenchConfig,
     CompareConfig,
+    DistillConfig,
     DoctorConfig,
     ReferenceConfig,
     ReportConfig,
@@ -15,6 +16,7 @@ from fastsample.conf.schema import (
 __all__ = [
     "COMMANDS",
     "BenchConfig",
+    "DistillConfig",
     "ReferenceConfig",
     "ReportConfig",
     "SampleConfig",
@@ -26,6 +28,7 @@ COMMANDS: dict[str, type] = {
     "sample": SampleConfig,
     "bench": BenchConfig,
     "tune": TuneConfig,
+    "distill": DistillConfig,
     "report": ReportConfig,
     "compare": CompareConfig,
     "doctor": DoctorConfig,
@@ -47,4 +50,20 @@ def register() -> None:
     no_log_files = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
     for name, schema in COMMANDS.items():
         store.store(name=f"{name}_schema", node=schema)
-        store.store(name=name, node={"defaults": [f"{name}_schema", "_self_", *no_log_files], "hydra": hydra})
+        groups = [{"method": "consistency"}] if name == "distill" else []
+        defaults = [f"{name}_schema", "_self_", *groups, *no_log_files]
+        store.store(name=name, node={"defaults": defaults, "hydra": hydra})
+
+
+def register_methods() -> None:
+    """Put the distillation methods into the group ``method``: their settings and defaults."""
+    import dataclasses
+
+    from hydra.core.config_store import ConfigStore
+
+    from fastsample import distill
+
+    for name, (_, kind) in distill.METHODS.items():
+        fields = dataclasses.fields(getattr(distill, kind))
+        settings = {f.name: f.default for f in fields if f.name not in ("teacher", "student", "total")}
+        ConfigStore.instance().store(group="method", name=name, node={"name": name, **settings})

@@ -184,6 +184,70 @@ class TuneConfig:
 
 
 @dataclass
+class TrainerConfig:
+    """The training."""
+
+    steps: int = option(3000, "Updates.")
+    batch_size: int = option(256, "Samples of an update, over all processes.")
+    micro_batch: int | None = option(None, "Samples at once; null: all. Halved when memory runs out.")
+    learning_rate: float | None = option(None, "Of AdamW; null: the method's.")
+    schedule: str | None = option(None, "cosine or constant; null: the method's.")
+    weight_decay: float = option(0.0, "Decoupled weight decay.")
+    warmup: int = option(100, "Updates of linear warm-up.")
+    clip: float = option(1.0, "Largest norm of the gradient.")
+    ema: list[float] = option([0.99, 0.999], "Decays of the averages; the best is the student.")
+    power_ema: list[float] = option([], "Relative widths of power-function averages with snapshots.")
+    precision: str = option("no", "no, fp16 or bf16.")
+    save_every: int | None = option(None, "Updates between checkpoints; null: as evaluation.every.")
+    keep: int = option(2, "Checkpoints kept.")
+    log_every: int = option(50, "Updates between lines of log.jsonl.")
+    workers: int = option(0, "Processes that read a dataset.")
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured during the training."""
+
+    metric: str | None = option(
+        "auto", "fd-digits, fid, ...; null: none; auto: fd-digits for the embedded digits, none for others."
+    )
+    every: int | None = option(None, "Updates between evaluations; null: a tenth of the training.")
+    samples: int = option(1000, "Samples of an evaluation.")
+    final_samples: int = option(10000, "Samples of the last one, which the model card reports.")
+
+
+@dataclass
+class DistillConfig:
+    """Settings of ``fastsample distill``."""
+
+    method: Any = option(
+        "consistency",
+        "consistency, ict, ect, scm, shortcut, meanflow, progressive, reflow, knowledge, sid or dmd2; its own "
+        "settings are method.NAME=VALUE (fastsample distill method=NAME --cfg job prints them).",
+    )
+    teacher: Any = option(
+        "digits",
+        "Embedded model by name, or your own: teacher._target_=my.module.make_model teacher.ARGUMENT=VALUE.",
+    )
+    data: Any = option(
+        "auto",
+        "digits, fashion-mnist, cifar10, a folder of images, or your own dataset: "
+        "data._target_=my.module.make_dataset; auto: the embedded teacher's; null: none.",
+    )
+    guidance: float = option(1.0, "Classifier-free guidance scale of the teacher; 1: none.")
+    shape: list[int] | None = option(None, "Shape of one sample (C, H, W); null: what the teacher says.")
+    trainer: TrainerConfig = group(TrainerConfig)
+    evaluation: EvaluationConfig = group(EvaluationConfig)
+    seed: int = option(0, "Seed of everything.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = option(None, "CPU threads; null: torch's choice.")
+    out: str = option(
+        "runs/student", "Folder of the student. Start the same command again after a kill: it goes on."
+    )
+    resume: bool | None = option(None, "true: there must be something to resume; false: there must not.")
+
+
+@dataclass
 class ReportConfig:
     """Settings of ``fastsample report``."""
 

@@ -86,6 +86,14 @@ class Data:
         return tuple(self._conditions if self.x is not None else _first(self.dataset)[1])
 
     @property
+    def classes(self) -> int | None:
+        """The number of classes, where there are labels in memory: one more than the largest."""
+        labels = self._conditions.get("labels")
+        if labels is None or labels.is_floating_point() or labels.ndim != 1:
+            return None
+        return int(labels.max()) + 1
+
+    @property
     def sha256(self) -> str:
         """A hash of size, shape and some of the samples, evenly spaced."""
         digest = hashlib.sha256(repr((len(self), self.shape, self.names)).encode())

@@ -91,7 +91,7 @@ class Trainer:
     seed: int = 0
     metric: str | None = None
     evaluate_every: int | None = None
-    samples: int = 2000
+    samples: int = 1000
     final_samples: int = 10_000
     save_every: int | None = None
     keep: int = 2
@@ -530,6 +530,8 @@ class _Run:
         student.training = {
             **self.identity["trainer"],
             "data": trainer._data.name,
+            "teacher": self.method.teacher.source,
+            "classes": trainer._data.classes,
             "best step": self.best.step,
             "best average": self.best.average,
         }

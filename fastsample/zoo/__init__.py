@@ -64,4 +64,4 @@ def load(name: str) -> Denoiser:
     """
     if name not in _MODELS:
         raise unknown("name", name, _MODELS)
-    return _MODELS[name]()
+    return _MODELS[name]().replace(source=name)

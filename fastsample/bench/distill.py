@@ -1,0 +1,108 @@
+"""``fastsample distill``: train a student from settings."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsample import distill as methods
+from fastsample.bench.errors import UserError, checking
+from fastsample.bench.model import load_model, resolve_device
+from fastsample.conf import DistillConfig
+from fastsample.distributed import rank_and_size
+from fastsample.errors import NonFiniteError, nearest
+
+_EMBEDDED = {"digits": "digits", "digits-mixture": "digits"}
+
+
+def distill(config: DistillConfig) -> Path:
+    """Train the student and write it to the folder ``config.out``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: on settings that cannot be used (before training), or a training that cannot go on; what was
+            trained so far is kept.
+    """
+    if rank_and_size()[0] == 0:
+        logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    with checking():
+        if config.threads is not None:
+            if config.threads < 1:
+                raise ValueError(f"threads={config.threads}: at least 1 is needed")
+            torch.set_num_threads(config.threads)
+        device = resolve_device(config.device)
+        model = load_model(config.teacher, shape=config.shape, guidance=config.guidance, device=device)
+        teacher = model.denoiser.replace(sample_shape=model.shape)
+        try:
+            method = make_method(config.method, teacher)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        settings = dict(vars(config.trainer))
+        metric = config.evaluation.metric
+        if metric == "auto":
+            metric = "fd-digits" if config.teacher in _EMBEDDED and config.data == "auto" else None
+        trainer = methods.Trainer(
+            method,
+            make_data(config),
+            **settings,
+            seed=config.seed,
+            metric=metric,
+            evaluate_every=config.evaluation.every,
+            samples=config.evaluation.samples,
+            final_samples=config.evaluation.final_samples,
+            progress=True,
+            device=config.device,
+        )
+        try:
+            trainer.fit(config.out, resume=config.resume)
+        except NonFiniteError as error:
+            raise UserError(str(error)) from error
+    return Path(config.out)
+
+
+def make_method(settings: Any, teacher: Any) -> Any:
+    """A method from ``"shortcut"`` or ``{"name": "shortcut", "finest": 64}``.
+
+    Raises:
+        ValueError: an unknown method or setting; the message has the nearest one.
+    """
+    import dataclasses
+
+    given = dict(settings) if isinstance(settings, Mapping) else {"name": settings}
+    name = given.pop("name", None)
+    if name not in methods.METHODS:
+        raise ValueError(f"method={name!r} is unknown; {nearest(name, methods.METHODS)}")
+    kind = getattr(methods, methods.METHODS[name][1])
+    known = [f.name for f in dataclasses.fields(kind) if f.name not in ("teacher", "student")]
+    for key in given:
+        if key not in known:
+            raise ValueError(f"method.{key} is no setting of {name}; {nearest(key, known)}")
+    return kind(teacher, **given)
+
+
+def make_data(config: DistillConfig) -> Any:
+    """What ``data=`` names; a ``_target_`` is called.
+
+    Raises:
+        ValueError: a target that fails, or auto for a teacher of one's own.
+    """
+    if isinstance(config.data, Mapping) and "_target_" in config.data:
+        from hydra.errors import InstantiationException
+        from hydra.utils import instantiate
+
+        try:
+            return instantiate(dict(config.data))
+        except InstantiationException as error:
+            raise ValueError(f"data._target_={config.data['_target_']}: {error}") from error
+    if config.data != "auto":
+        return config.data
+    if not isinstance(config.teacher, str) or config.teacher not in _EMBEDDED:
+        raise ValueError("data=auto: your own teacher has no data of its own; give data=FOLDER, a name, or null")
+    return _EMBEDDED[config.teacher]
