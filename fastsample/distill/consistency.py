@@ -12,9 +12,10 @@ from .. import grids
 from ..errors import unknown
 from .batch import Batch
 from .method import Method, follow, pseudo_huber, squared
-from .prediction import consistency_function, noised
+from .prediction import column, consistency_function, noised
 from .teacher import teacher_step
 
+LEAST = 0.02  # of sin(phi) in the weights, below which weights do not grow
 METRICS = {"pseudo_huber": pseudo_huber, "l2": squared}
 
 
@@ -38,15 +39,18 @@ class Consistency(ConsistencyModel):
 
     Args:
         intervals: N - 1, the number of intervals of the grid (the paper: 17).
-        grid: the times, by name of ``fs.grids`` (the paper: Karras').
+        grid: the times, by name of ``fs.grids``; by default the process's own (the paper: Karras').
+        jitter: t is anywhere on the grid's curve and x_n one interval below it, so that the student knows all
+            times; False is the paper's, whose student knows the grid's times alone.
         order: of the teacher's step; 2 is Heun, 1 DDIM.
         target_decay: mu of the target's moving average (the paper: 0.95); 0 is the student itself.
         metric: "pseudo_huber" (Song & Dhariwal 2024) or "l2".
     """
 
-    intervals: int = 40
-    grid: str = "angle"
-    order: int = 2
+    intervals: int = 24
+    grid: str | None = None
+    jitter: bool = True
+    order: int = 1
     target_decay: float = 0.95
     metric: str = "pseudo_huber"
 
@@ -61,17 +65,31 @@ class Consistency(ConsistencyModel):
             raise ValueError(f"order={self.order}: the teacher's step is of order 1 (DDIM) or 2 (Heun)")
         self.nets["target"] = self.copy_of("student")
         # from the least noise to the most: t_1 .. t_N of the paper, with zero noise before them
-        self.times = grids.make(self.grid, self.teacher.process, self.intervals, end="zero").flip(0)
+        process = self.teacher.process
+        self.times = grids.make(self.grid or process.grid, process, self.intervals, end="zero").flip(0)
 
     def objective(self, batch: Batch, role: str) -> Tensor:
-        n = (batch.uniform("t", stratified=True) * self.intervals).long()
+        u = batch.uniform("t", stratified=True) * self.intervals
+        n = u.long()
         t, s = self.times[n + 1], self.times[n]
+        if self.jitter:
+            # half an interval more, so that the noisiest time has its share
+            u = (u * (1 + 0.5 / self.intervals)).clamp(max=self.intervals)
+            t, s = self.at(u), self.at((u - 1).clamp(min=0))
         x = noised(self.teacher.process, batch.data, batch.normal("eps"), t)
         before = self.step(x, t, s, batch)
         with torch.no_grad():
             target = consistency_function(self.denoiser("target"), before, s, batch.conditions)
         end = consistency_function(self.denoiser("student"), x, t, batch.conditions)
-        return METRICS[self.metric](end - target)
+        # measured as errors of v: the clean sample's are sin(phi) times those, and little noise would not count
+        least = torch.sin(self.teacher.process.phi(t)).clamp(min=LEAST)
+        return METRICS[self.metric]((end - target) / column(least, end))
+
+    def at(self, place: Tensor) -> Tensor:
+        """Times at places (B,) along the grid, between its points linearly."""
+        n = place.long().clamp(max=self.intervals - 1)
+        t = torch.lerp(self.times[n], self.times[n + 1], place - n)
+        return self.teacher.process.snap(t)
 
     def step(self, x: Tensor, t: Tensor, s: Tensor, batch: Batch) -> Tensor:
         """The teacher's step from times t to s (B,)."""

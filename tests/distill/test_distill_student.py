@@ -1,0 +1,280 @@
+"""Students as folders: saved, checked, loaded, exported, sampled and benched from the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_distill import SHAPE, tiny_teacher, tiny_trainer
+from torch import Tensor, nn
+
+import fastsample as fs
+from fastsample import distill
+from fastsample.distill.adapters import Conditioned, time_embedding
+from fastsample.distill.student import Student
+from fastsample.process import from_description
+from fastsample.zoo.unet import UNet
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shortcut student: a network with an adapter."""
+    target = tmp_path_factory.mktemp("runs") / "my-student"
+    tiny_trainer(steps=4, final_samples=60).fit(target)
+    return target
+
+
+def test_loads_in_one_line(folder: Path) -> None:
+    student = fs.load(folder)
+    for steps in (1, 2, 3, 4):
+        x = student(shape=(3, *SHAPE), seed=0, steps=steps, labels=[1, 2, 3])
+        assert x.shape == (3, *SHAPE)
+        assert student.plan(steps).nfe == steps
+    assert student.steps == (1, 2, 4)
+    assert torch.equal(student(n=3, seed=0, labels=[1, 2, 3]), fs.load(folder)(n=3, seed=0, labels=[1, 2, 3]))
+    # the plans in the folder are those it samples with, and usable alone
+    for steps in student.steps:
+        assert fs.Plan.load(folder / f"plan-{steps}.json") == student.plan(steps)
+    sampler = fs.Sampler(student.denoiser, plan=folder / "plan-2.json")
+    same = student(n=2, seed=5, steps=2, labels=[0, 1])
+    torch.testing.assert_close(sampler(n=2, seed=5, labels=[0, 1]), same, rtol=0, atol=0)
+
+
+def test_the_card_says_what_was_measured(folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    student = fs.load(folder)
+    assert [row["steps"] for row in student.measured] == [1, 2, 4]
+    for row in student.measured:
+        assert f"{row['fd-digits']:.4g}" in card
+        assert row["standard error"] > 0
+    assert student.method["name"] == "shortcut"
+    assert student.training["classes"] == 10
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "student.json", "plan-2.json", "README.md"])
+def test_every_file_is_checked(folder: Path, tmp_path: Path, name: str) -> None:
+    import shutil
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    content = bytearray((copy / name).read_bytes())
+    content[-3] ^= 1
+    (copy / name).write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is damaged: its sha256"):
+        fs.load(copy)
+    (copy / name).write_bytes(bytes(content[:-1]))
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is damaged: it has"):
+        fs.load(copy)
+    (copy / name).unlink()
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is missing"):
+        fs.load(copy)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="not finished; run the same command again"):
+        fs.load(copy)
+    with pytest.raises(ValueError, match="no folder"):
+        fs.load(tmp_path / "nowhere")
+
+
+class Own(nn.Module):
+    """A network of a user's own, which says nothing of how it is built."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.time_mlp = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
+        self.inner = nn.Conv2d(1, width, 3, padding=1)
+        self.outer = nn.Conv2d(width, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        emb = self.time_mlp(t.to(x)[:, None] / 1000)
+        return self.outer(torch.tanh(self.inner(x) + emb[:, :, None, None]))
+
+
+def test_a_network_of_ones_own(tmp_path: Path) -> None:
+    """Trained and saved; loaded with net= or with its teacher, refused with a remedy without."""
+    torch.manual_seed(0)
+    teacher = fs.wrap(Own(), fs.Flow(), "flow", sample_shape=SHAPE)
+    method = distill.Shortcut(teacher)
+    assert isinstance(method.nets["student"], Conditioned)
+    assert method.nets["student"].at == ("time_mlp",)
+    x = torch.randn(20, *SHAPE, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    student = distill.Trainer(method, x, steps=3, batch_size=4, device="cpu").fit(tmp_path)
+    made = student(n=2, seed=0, steps=2)
+    with pytest.raises(ValueError, match="give net=, a network of the same architecture"):
+        fs.load(tmp_path)
+    torch.testing.assert_close(fs.load(tmp_path, teacher)(n=2, seed=0, steps=2), made)
+    with pytest.raises(ValueError, match="the weights do not fit"):
+        fs.load(tmp_path, Own(8))
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        fs.VP.linear(),
+        fs.VP.cosine(),
+        fs.VP.scaled_linear(),
+        fs.VP.from_betas(torch.linspace(1e-3, 0.1, 50)),
+        fs.EDM(),
+        fs.VE(),
+        fs.Flow(3.0),
+        fs.TrigFlow(),
+        fs.VP.linear().quantized(torch.arange(0, 1000, 10)),
+    ],
+    ids=lambda p: f"{p!r:.30}",
+)
+def test_the_meaning_round_trips(process: fs.Process, tmp_path: Path) -> None:
+    net = UNet(8, 1, channels=8, multipliers=[1], patch=2, num_classes=None)
+    denoiser = fs.wrap(net, process, "v", time_input="t", sample_shape=SHAPE)
+    student = Student(denoiser, "consistency", {"grid": "angle", "end": "zero"})
+    student.save(tmp_path)
+    loaded = fs.load(tmp_path)
+    assert loaded.denoiser.process == process
+    assert loaded.denoiser.process.fingerprint == process.fingerprint
+    assert loaded.denoiser.prediction == "v"
+    assert from_description(process.describe()).fingerprint == process.fingerprint
+    torch.testing.assert_close(loaded(n=2, seed=1, steps=2), student(n=2, seed=1, steps=2))
+
+
+def test_exports_to_diffusers(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    net = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1,
+    )  # fmt: skip
+    teacher = fs.wrap(net, fs.VP.linear(), "eps", sample_shape=SHAPE)
+    x = torch.zeros(8, *SHAPE)
+    method = distill.Consistency(teacher, prediction="eps")
+    student = distill.Trainer(method, x, steps=2, batch_size=4, device="cpu").fit(tmp_path / "run")
+    made = student(n=2, seed=0, steps=2)
+    again = diffusers.UNet2DModel.from_pretrained(student.export_diffusers(tmp_path / "exported"))
+    denoiser = fs.wrap(again, fs.VP.linear(), "eps", sample_shape=SHAPE)
+    plan = tmp_path / "exported" / "plan-2.json"
+    torch.testing.assert_close(fs.Sampler(denoiser, plan=plan)(n=2, seed=0), made)
+    torch.testing.assert_close(fs.load(tmp_path / "run")(n=2, seed=0, steps=2), made)
+    with pytest.raises(ValueError, match="not one of diffusers"):
+        Student(tiny_teacher(), "ddim").export_diffusers(tmp_path / "no")
+
+
+# -- adapters ------------------------------------------------------------------------------------------------
+
+
+def test_the_adapter_starts_at_nothing() -> None:
+    """A shortcut student starts as its teacher, whatever step it is told, and learns to tell steps apart."""
+    teacher = fs.zoo.load("digits")
+    method = distill.Shortcut(teacher, prediction="eps")
+    net = method.nets["student"].eval()
+    x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
+    t, labels = torch.tensor([900.0, 500.0, 100.0, 3.0]), torch.arange(4)
+    expected = teacher.net(x, t, labels)
+    for step in (torch.zeros(4), torch.tensor([1.0, 0.5, 0.25, 0.1])):
+        torch.testing.assert_close(net(x, t, step=step, labels=labels), expected)
+    torch.testing.assert_close(net(x, t, labels=labels), expected)
+    assert isinstance(net, Conditioned)
+    nn.init.normal_(net.adapter[2].weight)  # type: ignore[arg-type]
+    told = [net(x, t, step=torch.full((4,), s), labels=labels) for s in (0.25, 0.5)]
+    assert not torch.allclose(*told)
+    import copy
+
+    twin = copy.deepcopy(net)
+    torch.testing.assert_close(twin(x, t, step=torch.full((4,), 0.25), labels=labels), told[0])
+    nn.init.zeros_(twin.adapter[2].weight)  # type: ignore[arg-type]
+    torch.testing.assert_close(net(x, t, step=torch.full((4,), 0.25), labels=labels), told[0])
+
+
+def _diffusers_networks() -> list[Any]:
+    diffusers = pytest.importorskip("diffusers")
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1,
+    )  # fmt: skip
+    dit = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=10, norm_num_groups=4,
+    )  # fmt: skip
+    return [(unet, {}, ["time_embedding"]), (dit, {"class_labels": torch.tensor([1, 2])}, None)]
+
+
+def test_time_embeddings_are_found_in_other_networks() -> None:
+    from fastsample.distill.adapters import conditioned, outputs
+
+    for net, conditions, expected in _diffusers_networks():
+        for p in net.parameters():
+            nn.init.normal_(p, std=0.2)
+        x, t = torch.randn(2, 4, 8, 8), torch.tensor([999, 0])
+        found = time_embedding(net, outputs(net, x, t, conditions))
+        assert expected is None or found == expected
+        adapted = conditioned(net, "step", x, t, conditions).eval()
+        before = net.eval()(x, t, **conditions).sample
+        torch.testing.assert_close(adapted(x, t, step=torch.ones(2), **conditions).sample, before)
+        nn.init.normal_(adapted.adapter[2].weight)
+        after = adapted(x, t, step=torch.ones(2), **conditions).sample
+        assert not torch.allclose(after, before)
+
+
+# -- the command line ----------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fastsample.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_distil_bench_and_sample_from_the_command_line(tmp_path: Path) -> None:
+    """The user's path: a student, its folder in the harness beside its teacher, its images."""
+    out = str(tmp_path / "student")
+    train = (
+        "distill", "method=consistency", "teacher=digits", "trainer.steps=4", "trainer.batch_size=16",
+        "method.convert=1", "evaluation.samples=40", "evaluation.final_samples=40", "device=cpu", f"out={out}",
+    )  # fmt: skip
+    done = command(*train)
+    assert done.returncode == 0, done.stderr
+    assert f"student: {out}" in done.stdout
+    assert fs.load(out).training["teacher"] == "digits"
+    again = command(*train)
+    assert again.returncode == 0, again.stderr
+    assert "resuming" in again.stderr
+    other = command(*train[:-1], "trainer.batch_size=8", f"out={out}")
+    assert other.returncode == 2
+    assert "holds another training: trainer.batch_size was 16, is 8" in other.stderr
+    bench = command(
+        "bench", f"model={out}", "nfe=[2]", "solvers=[ddim]", "n=60", "reference.steps=4", "reference.n=20",
+        f"out={tmp_path / 'bench'}",
+    )  # fmt: skip
+    assert bench.returncode == 0, bench.stderr
+    results = json.loads((tmp_path / "bench" / "results.json").read_text())
+    cells = {(c["solver"], c["steps"]) for c in results["cells"]}
+    assert {("student", 1), ("student", 2), ("student", 4), ("ddim", 2)} <= cells
+    for cell in results["cells"]:
+        assert cell["nfe"] == cell["steps"]
+    sample = command("sample", f"model={out}", "steps=1", "n=4", f"out={tmp_path / 'images'}")
+    assert sample.returncode == 0, sample.stderr
+    assert (tmp_path / "images" / "grid.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["method=consistancy"], "consistency"),
+        (["method.intervalls=3"], "did you mean 'intervals'"),
+        (["teacher=digit"], "did you mean 'digits'"),
+        (["data=nowhere"], "data='nowhere' is unknown"),
+        (["trainer.step=3"], "did you mean 'trainer.steps'"),
+        (["resume=true"], "has no checkpoint"),
+    ],
+)
+def test_wrong_settings_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = command("distill", f"out={tmp_path / 'new'}", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "new").exists()
