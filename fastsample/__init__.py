@@ -35,7 +35,18 @@ _WHERE = {
     "accelerate": "integrations.pipelines",
     "unaccelerate": "integrations.pipelines",
 }
-_MODULES = ("solvers", "grids", "hooks", "noise", "zoo", "metrics", "adaptive", "tuning", "distill", "integrations")
+_MODULES = (
+    "solvers",
+    "grids",
+    "hooks",
+    "noise",
+    "zoo",
+    "metrics",
+    "adaptive",
+    "tuning",
+    "distill",
+    "integrations",
+)
 
 __all__ = ["__version__", *_WHERE, *_MODULES]
 

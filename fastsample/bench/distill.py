@@ -104,5 +104,7 @@ def make_data(config: DistillConfig) -> Any:
     if config.data != "auto":
         return config.data
     if not isinstance(config.teacher, str) or config.teacher not in _EMBEDDED:
-        raise ValueError("data=auto: your own teacher has no data of its own; give data=FOLDER, a name, or null")
+        raise ValueError(
+            "data=auto: your own teacher has no data of its own; give data=FOLDER, a name, or null"
+        )
     return _EMBEDDED[config.teacher]

@@ -125,7 +125,9 @@ def time_embedding(net: nn.Module, seen: Mapping[str, Sequence[Tensor]]) -> list
             return False
         base, other_x, other_t = outputs
         changes = not torch.equal(base, other_t)
-        return changes and torch.equal(base, other_x) and any(True for _ in net.get_submodule(name).parameters())
+        return (
+            changes and torch.equal(base, other_x) and any(True for _ in net.get_submodule(name).parameters())
+        )
 
     candidates = [name for name in seen if is_candidate(name)]
     if not candidates:

@@ -64,7 +64,9 @@ class Batch:
             ValueError: there are none.
         """
         if self.x is None:
-            raise ValueError("this method is trained on data: give data=... to the trainer, or x= to the batch")
+            raise ValueError(
+                "this method is trained on data: give data=... to the trainer, or x= to the batch"
+            )
         return self.x
 
     def normal(self, name: str) -> Tensor:

@@ -33,7 +33,9 @@ def sha256(file: Path) -> str:
 
 def seal(folder: Path, files: Sequence[str]) -> None:
     """Write the manifest of files that are complete; it marks the folder as whole."""
-    content = {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in files}
+    content = {
+        name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in files
+    }
     write_atomically(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
 
@@ -143,5 +145,7 @@ class Checkpoints:
                 continue
             return step, torch.load(path / _STATE, map_location=device, weights_only=True)
         if found:
-            raise ValueError(f"none of the {len(found)} checkpoints in {self.folder} is whole; delete them to start again")
+            raise ValueError(
+                f"none of the {len(found)} checkpoints in {self.folder} is whole; delete them to start again"
+            )
         return None

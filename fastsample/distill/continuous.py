@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..process import Process
 from .batch import Batch
 from .consistency import ConsistencyModel
 from .method import squared
@@ -96,10 +97,10 @@ class SCM(ConsistencyModel):
         return self._tangent(student, "v", x, t, dx, scaled * rate, batch.conditions)
 
 
-def angle_to_time(process: object, phi: Tensor) -> tuple[Tensor, Tensor]:
+def angle_to_time(process: Process, phi: Tensor) -> tuple[Tensor, Tensor]:
     """Times at angles (B,) and their derivatives, float64."""
     with torch.enable_grad():
         angle = phi.detach().clone().requires_grad_()
-        t = process.t_of_lam(-torch.log(torch.tan(angle)))  # type: ignore[attr-defined]
+        t = process.t_of_lam(-torch.log(torch.tan(angle)))
         rate = torch.autograd.grad(t.sum(), angle)[0]
     return time_of_phi(process, phi.detach()), rate

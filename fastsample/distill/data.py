@@ -242,7 +242,9 @@ def _named(name: str) -> Data:
     from torchvision.datasets import ImageFolder
 
     if not any(f.is_dir() for f in folder.iterdir()):
-        raise ValueError(f"data={name}: images belong in one folder for each class, as {name}/CLASS/IMAGE.png")
+        raise ValueError(
+            f"data={name}: images belong in one folder for each class, as {name}/CLASS/IMAGE.png"
+        )
     return Data(ImageFolder(name, transform=_normalised), name=name)
 
 

@@ -21,7 +21,7 @@ class _DataDriven(ConsistencyModel):
     """Pairs (x_t, x_r) of the same clean sample and the same noise, instead of a teacher's step.
 
     Args:
-        p_mean, p_std: of the lognormal noise level ``sigma / alpha``.
+        p_mean, p_std: of the lognormal noise level ``sigma / alpha`` (the papers: -1.1, 2.0).
     """
 
     p_mean: float = -1.1
@@ -100,14 +100,15 @@ class ECT(_DataDriven):
     Args:
         q: by how much t - r shrinks from stage to stage (2 for small data; 4 for ImageNet).
         k, b: of n(t).
-        stages: their number.
+        stages: their number (the paper: 8 for 400,000 updates).
         c: of the pseudo-Huber (0.06 for CIFAR-10 in the authors' configuration).
     """
 
     q: float = 2.0
     k: float = 8.0
     b: float = 1.0
-    stages: int = 8
+    p_mean: float = 0.0
+    stages: int = 5
     c: float = 0.06
 
     def lower(self, rho: Tensor, stage: int) -> Tensor:

@@ -44,7 +44,9 @@ class Averages:
 def gamma_of_std(std: float) -> float:
     """The exponent of the power-function average of a relative width (Karras et al. 2024, eq. 123)."""
     if not 0 < std < 0.29:
-        raise ValueError(f"std={std!r} must lie in (0, 0.29): the width of the average, relative to the training")
+        raise ValueError(
+            f"std={std!r} must lie in (0, 0.29): the width of the average, relative to the training"
+        )
     import numpy as np
 
     s = std**-2

@@ -85,7 +85,7 @@ class Evaluation:
             return
         from torchvision.utils import make_grid, save_image
 
-        conditions = self.data.conditions(torch.arange(count), self.device, _SEED)
+        conditions: dict[str, Any] = self.data.conditions(torch.arange(count), self.device, _SEED)
         rows = [
             student.sampler(k)(shape=(count, *shape), seed=_SEED, **conditions).cpu() for k in student.steps
         ]

@@ -58,7 +58,9 @@ class OnPairs(Method):
             ValueError: the pairs were not made.
         """
         if self.made is None:
-            raise ValueError("there are no pairs yet: call method.prepare(data, folder) before the first loss")
+            raise ValueError(
+                "there are no pairs yet: call method.prepare(data, folder) before the first loss"
+            )
         which = shuffled(batch.index, len(self.made), batch.seed)
         at = which.to(self.made.x0.device)
         conditions = {k: v[at] for k, v in self.made.conditions.items()}

@@ -40,7 +40,8 @@ class MeanFlow(StepSized):
 
     def objective(self, batch: Batch, role: str) -> Tensor:
         draws = [
-            self.tau_max * torch.sigmoid(self.p_mean + self.p_std * batch.gaussian(name)) for name in ("t", "r")
+            self.tau_max * torch.sigmoid(self.p_mean + self.p_std * batch.gaussian(name))
+            for name in ("t", "r")
         ]
         rho_min = float(self.teacher.process.rho(self.teacher.process.t_end))
         tau = torch.maximum(*draws).clamp(min=rho_min / (1 + rho_min))

@@ -101,7 +101,9 @@ class Method:
                 "student's network with the teacher's process"
             )
         kept = start.prediction
-        self.prediction = canonical(self.prediction or (self._preferred(start) if self.student is None else kept))
+        self.prediction = canonical(
+            self.prediction or (self._preferred(start) if self.student is None else kept)
+        )
         changed = self.prediction != kept
         if self.convert is None:
             self.convert = _CONVERSION if changed and self.converts else 0
@@ -183,7 +185,9 @@ class Method:
             ValueError: no such role, or no data where they are needed.
         """
         if role not in self.trained:
-            raise ValueError(f"role={role!r} is not trained by {type(self).__name__}; {', '.join(self.trained)} are")
+            raise ValueError(
+                f"role={role!r} is not trained by {type(self).__name__}; {', '.join(self.trained)} are"
+            )
         if batch.step < (self.convert or 0):
             return self._conversion(batch)
         return self.objective(batch, role)
@@ -218,7 +222,9 @@ class Method:
         """A copy that is not trained: targets, previous students, references."""
         return copy.deepcopy(self.nets[role]).requires_grad_(False).eval()
 
-    def give_number(self, role: str, name: str, at: str | None, conditions: Mapping[str, Any] | None = None) -> None:
+    def give_number(
+        self, role: str, name: str, at: str | None, conditions: Mapping[str, Any] | None = None
+    ) -> None:
         """Let a role's network be told a number ``name`` (B,), by an adapter where it has no such argument."""
         x, told, given = self.example(role, conditions or {})
         self.nets[role] = conditioned(self.nets[role], name, x, told, given, at)
@@ -241,7 +247,9 @@ class Method:
             ValueError: the teacher does not say.
         """
         if self.teacher.sample_shape is None:
-            raise ValueError("the teacher does not say the shape of a sample; wrap(..., sample_shape=(3, 32, 32))")
+            raise ValueError(
+                "the teacher does not say the shape of a sample; wrap(..., sample_shape=(3, 32, 32))"
+            )
         return self.teacher.sample_shape
 
     def plan(self, steps: int) -> Plan:
@@ -295,8 +303,7 @@ def pseudo_huber(error: Tensor, c: float | None = None) -> Tensor:
 @torch.no_grad()
 def follow(average: nn.Module, net: nn.Module, decay: float) -> None:
     """One step of an exponential moving average; buffers are copied."""
-    own, new = list(average.parameters()), [p.detach() for p in net.parameters()]
+    own, new = ([p.detach() for p in n.parameters()] for n in (average, net))
     torch._foreach_lerp_(own, new, 1 - decay)
     for a, b in zip(average.buffers(), net.buffers(), strict=True):
         a.copy_(b)
-

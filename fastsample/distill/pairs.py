@@ -97,7 +97,7 @@ def make_pairs(
             file = folder / f"{shard:05d}.safetensors"
             if not file.exists():
                 index = torch.arange(first, first + SHARD)
-                conditions = source.conditions(index, device, seed=seed)
+                conditions: dict[str, Any] = source.conditions(index, device, seed=seed)
                 x0 = sampler(
                     shape=(SHARD, *shape), seed=seed, index=index, batch_size=batch_size, **conditions
                 )

@@ -37,6 +37,11 @@ class ReFlow(OnPairs):
     solver: ClassVar[str] = "ddim"  # Euler's rule on straight lines
 
     @property
+    def steps(self) -> tuple[int, ...]:  # type: ignore[override]
+        """One where one step is distilled; else the flow's few steps."""
+        return (1,) if self.distilled else (1, 2, 4)
+
+    @property
     def solver_options(self) -> dict[str, Any]:
         return {"grid": "fraction", "end": "zero"}
 

@@ -66,7 +66,9 @@ class ScoreDistillation(Method):
         process = self.teacher.process
         low, high = float(process.rho(process.t_end)), float(process.rho(process.t_start))
         if not low < self.init_rho <= high:
-            raise ValueError(f"init_rho={self.init_rho} must be a noise level of the process: ({low:g}, {high:g}]")
+            raise ValueError(
+                f"init_rho={self.init_rho} must be a noise level of the process: ({low:g}, {high:g}]"
+            )
         if not 0 <= self.t_low < self.t_high <= 1:
             raise ValueError(f"t_low={self.t_low}, t_high={self.t_high}: need 0 <= t_low < t_high <= 1")
         if self.jumps < 1:

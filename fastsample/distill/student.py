@@ -54,7 +54,9 @@ class Student:
         """The sampler of a number of steps, by default the fewest."""
         return Sampler(self.denoiser, plan=self.plan(self.steps[0] if steps is None else steps))
 
-    def __call__(self, shape: Sequence[int] | None = None, *, steps: int | None = None, **settings: Any) -> Any:
+    def __call__(
+        self, shape: Sequence[int] | None = None, *, steps: int | None = None, **settings: Any
+    ) -> Any:
         """Draw samples; settings are those of :class:`fastsample.Sampler`'s call (n, seed, conditions, ...)."""
         return self.sampler(steps)(shape, **settings)
 
@@ -96,6 +98,7 @@ class Student:
             "format": FORMAT,
             "schema": SCHEMA,
             "network": architecture(denoiser.net),
+            "adapter": adapter_of(denoiser.net),
             "process": denoiser.process.describe(),
             "levels": None if levels is None else levels.tolist(),
             "prediction": denoiser.prediction,
@@ -174,14 +177,20 @@ def architecture(net: Any) -> dict[str, Any] | None:
     """
     if isinstance(net, Conditioned):
         inner = architecture(net.net)
-        adapter = {"name": net.name, "at": list(net.at), "width": net.width, "scale": net.scale}
-        return None if inner is None else {"adapter": adapter, "net": inner}
+        return None if inner is None else {"adapter": adapter_of(net), "net": inner}
     config = getattr(net, "config", None)
     if not isinstance(config, Mapping):
         return None
     own = {k: v for k, v in config.items() if not k.startswith("_")}
     kind = f"{type(net).__module__}.{type(net).__qualname__}"
     return {"class": kind, "config": own} if _is_plain(own) and "<" not in kind else None
+
+
+def adapter_of(net: Any) -> dict[str, Any] | None:
+    """The arguments of a network's adapter; None where it has none."""
+    if not isinstance(net, Conditioned):
+        return None
+    return {"name": net.name, "at": list(net.at), "width": net.width, "scale": net.scale}
 
 
 def build(description: Mapping[str, Any]) -> nn.Module:
@@ -191,8 +200,7 @@ def build(description: Mapping[str, Any]) -> nn.Module:
         ValueError: its class is not to be found, or no module.
     """
     if "adapter" in description:
-        adapter = description["adapter"]
-        return Conditioned(build(description["net"]), adapter["name"], adapter["at"], adapter["width"], adapter["scale"])
+        return Conditioned(build(description["net"]), **description["adapter"])
     module, _, name = str(description["class"]).rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), name)
@@ -202,11 +210,15 @@ def build(description: Mapping[str, Any]) -> nn.Module:
             "give net=, a network of the same architecture"
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise ValueError(f"the student's network is said to be a {description['class']}, which is no torch.nn.Module")
+        raise ValueError(
+            f"the student's network is said to be a {description['class']}, which is no torch.nn.Module"
+        )
     return kind(**description["config"])
 
 
-def load(folder: str | Path, net: nn.Module | Denoiser | None = None, *, device: torch.device | str = "cpu") -> Student:
+def load(
+    folder: str | Path, net: nn.Module | Denoiser | None = None, *, device: torch.device | str = "cpu"
+) -> Student:
     """A student from its folder; every file is checked against the manifest first.
 
     Args:
@@ -224,20 +236,23 @@ def load(folder: str | Path, net: nn.Module | Denoiser | None = None, *, device:
     if not source.is_dir():
         raise ValueError(f"{source} is no folder; give that of a finished student")
     if not (source / MANIFEST).is_file() and (source / "checkpoints").is_dir():
-        raise ValueError(f"{source} holds a training that is not finished; run the same command again to go on")
+        raise ValueError(
+            f"{source} holds a training that is not finished; run the same command again to go on"
+        )
     verify(source)
     config = json.loads((source / _CONFIG).read_text())
     if config.get("format") != FORMAT or config.get("schema") != SCHEMA:
-        raise ValueError(f"{source / _CONFIG} is no student of this version (schema {SCHEMA}); upgrade fastsample")
+        raise ValueError(
+            f"{source / _CONFIG} is no student of this version (schema {SCHEMA}); upgrade fastsample"
+        )
     teacher = net if isinstance(net, Denoiser) else None
     if teacher is not None:
         import copy
 
         net = copy.deepcopy(teacher.net)  # type: ignore[assignment]
-        described = config["network"] or {}
-        if "adapter" in described:
-            adapter = described["adapter"]
-            net = Conditioned(net, adapter["name"], adapter["at"], adapter["width"], adapter["scale"])  # type: ignore[arg-type]
+    adapter = config["adapter"]
+    if adapter is not None and isinstance(net, nn.Module) and not isinstance(net, Conditioned):
+        net = Conditioned(net, **adapter)
     if net is None:
         if config["network"] is None:
             raise ValueError(
@@ -250,10 +265,14 @@ def load(folder: str | Path, net: nn.Module | Denoiser | None = None, *, device:
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"{source}: the weights do not fit the network: {str(error).splitlines()[1].strip()}") from error
+        raise ValueError(
+            f"{source}: the weights do not fit the network: {str(error).splitlines()[1].strip()}"
+        ) from error
     time_input = config["time_input"] or (teacher.time_input if teacher else None)
     if time_input is None:
-        raise ValueError(f"{source}: the network's time_input is a function of its own; give net=, its teacher")
+        raise ValueError(
+            f"{source}: the network's time_input is a function of its own; give net=, its teacher"
+        )
     process = from_description(config["process"])
     denoiser = wrap(
         net.to(device).eval().requires_grad_(False),

@@ -91,7 +91,7 @@ class Tangent:
             self.mode = self._examine(network, primals, tangents)
         if self.mode == "forward":
             with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
-                out, dout = torch.func.jvp(network, primals, tangents)
+                out, dout, *_ = torch.func.jvp(network, primals, tangents)
         else:
             out, dout = self._difference(network, primals, tangents)
         value = column(p, x) * x + column(q, x) * out
@@ -101,9 +101,11 @@ class Tangent:
     def _examine(self, network: Any, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> str:
         try:
             with sdpa_kernel(SDPBackend.MATH):
-                _, forward = torch.func.jvp(network, primals, tangents)
+                forward = torch.func.jvp(network, primals, tangents)[1]
         except (RuntimeError, NotImplementedError) as error:
-            log.warning("forward mode fails (%s); derivatives are central differences", str(error).split("\n")[0])
+            log.warning(
+                "forward mode fails (%s); derivatives are central differences", str(error).split("\n")[0]
+            )
             return "difference"
         _, difference = self._difference(network, primals, tangents)
         if not bool((forward - difference).norm() <= _DISAGREES * difference.norm() + 1e-6):

@@ -165,7 +165,9 @@ class Trainer:
 
         try:
             with torch.no_grad():
-                predict(teacher, x, t, conditions, "v" if teacher.prediction not in ("eps", "score") else "eps")
+                predict(
+                    teacher, x, t, conditions, "v" if teacher.prediction not in ("eps", "score") else "eps"
+                )
         except (TypeError, IndexError, RuntimeError, ValueError) as error:
             names = ", ".join(data.names) or "none"
             raise ValueError(
@@ -204,10 +206,23 @@ class Trainer:
 
     def describe(self) -> dict[str, Any]:
         """The settings that decide the result, as JSON values."""
-        kept = (
-            "steps batch_size learning_rate betas schedule weight_decay warmup clip ema power_ema precision seed "
-            "metric evaluate_every samples"
-        ).split()
+        kept = [
+            "steps",
+            "batch_size",
+            "learning_rate",
+            "betas",
+            "schedule",
+            "weight_decay",
+            "warmup",
+            "clip",
+            "ema",
+            "power_ema",
+            "precision",
+            "seed",
+            "metric",
+            "evaluate_every",
+            "samples",
+        ]
         return {k: list(v) if isinstance(v := getattr(self, k), tuple) else v for k in kept}
 
 
@@ -221,9 +236,13 @@ class _Run:
         self.trainer, self.folder = trainer, folder
         self.checkpoints = Checkpoints(folder / "checkpoints", trainer.keep)
         if resume and not self.checkpoints.steps():
-            raise ValueError(f"resume=True, but {folder} has no checkpoint; leave resume out to start a training")
+            raise ValueError(
+                f"resume=True, but {folder} has no checkpoint; leave resume out to start a training"
+            )
         if resume is False and (self.checkpoints.steps() or (folder / "student.json").exists()):
-            raise ValueError(f"resume=False, but {folder} holds a training; give another folder, or delete it")
+            raise ValueError(
+                f"resume=False, but {folder} holds a training; give another folder, or delete it"
+            )
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         cpu = trainer.device == "cpu" or (launched and not torch.cuda.is_available())
         AcceleratorState._reset_state()  # of another training in this process, which had its own precision
@@ -297,7 +316,9 @@ class _Run:
         try:
             write_atomically(file, json.dumps(own, indent=1).encode())
         except OSError as error:
-            raise OSError(error.errno, f"{self.folder} cannot be written: {error.strerror or error}") from error
+            raise OSError(
+                error.errno, f"{self.folder} cannot be written: {error.strerror or error}"
+            ) from error
 
     def _restore(self) -> None:
         found = self.checkpoints.load(self.device)
@@ -349,7 +370,9 @@ class _Run:
                 "nets": {name: net.state_dict() for name, net in self.plain.items()},
                 "optimizers": {role: o.state_dict() for role, o in self.optimizers.items()},
                 "ema": self.averages.state_dict(),
-                "power": {} if self.power is None else {k: v.state_dict() for k, v in self.power.nets.items()},
+                "power": {}
+                if self.power is None
+                else {k: v.state_dict() for k, v in self.power.nets.items()},
                 "best": self.best.state_dict(),
                 "scaler": {} if scaler is None else scaler.state_dict(),
             },
@@ -367,7 +390,10 @@ class _Run:
         indices = [step * trainer.batch_size + place for step in range(self.step, trainer.steps)]
         batches = trainer._data.batches(indices, self.device, self.seed, trainer.workers)
         started, first = time.perf_counter(), self.step
-        with _bar(trainer, self.main, self.step) as tick, (_Log(self.folder) if self.main else nullcontext()) as lines:
+        with (
+            _bar(trainer, self.main, self.step) as tick,
+            _Log(self.folder) if self.main else nullcontext() as lines,
+        ):
             for index, (x, conditions) in zip(indices, batches, strict=True):
                 batch = Batch(
                     index,
@@ -416,9 +442,13 @@ class _Run:
                     self.micro = max(1, self.micro // 2)
                     optimizer.zero_grad(set_to_none=True)
                     log.warning(
-                        "step %d ran out of memory; the micro-batch is %d from here on", batch.step, self.micro
+                        "step %d ran out of memory; the micro-batch is %d from here on",
+                        batch.step,
+                        self.micro,
                     )
-            norm = float(self.accelerator.clip_grad_norm_(self.plain[role].parameters(), self.trainer.clip) or 0.0)
+            norm = float(
+                self.accelerator.clip_grad_norm_(self.plain[role].parameters(), self.trainer.clip) or 0.0
+            )
             value = float(self.accelerator.reduce(loss, "mean"))
             if not math.isfinite(value) or (not math.isfinite(norm) and self.trainer.precision != "fp16"):
                 what = "loss" if not math.isfinite(value) else "gradient"
@@ -466,9 +496,13 @@ class _Run:
         method = self.method
         dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
         denoiser = method.denoiser().replace(net=net, dtype=dtype)
-        name = next((k for k, (_, c) in _methods().items() if c == type(method).__name__), type(method).__name__)
+        name = next(
+            (k for k, (_, c) in _methods().items() if c == type(method).__name__), type(method).__name__
+        )
         settings = {k: v for k, v in method.settings.items() if v is not None}
-        return Student(denoiser, method.solver, method.solver_options, method.steps, {"name": name, **settings})
+        return Student(
+            denoiser, method.solver, method.solver_options, method.steps, {"name": name, **settings}
+        )
 
     def _evaluate(self) -> dict[str, Any]:
         if not self.main:
@@ -525,7 +559,12 @@ class _Run:
             for k in student.steps:
                 found = final.distance(student, k, seed=1)
                 student.measured.append(
-                    {"steps": k, str(trainer.metric): found.value, "standard error": found.se, "samples": found.n}
+                    {
+                        "steps": k,
+                        str(trainer.metric): found.value,
+                        "standard error": found.se,
+                        "samples": found.n,
+                    }
                 )
         student.training = {
             **self.identity["trainer"],
@@ -578,7 +617,9 @@ def _different(a: Any, b: Any, name: str = "") -> list[str]:
     """What differs between two nested settings, in words."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return [
-            d for key in {**a, **b} for d in _different(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+            d
+            for key in {**a, **b}
+            for d in _different(a.get(key), b.get(key), f"{name}.{key}" if name else key)
         ]
     return [] if a == b else [f"{name} was {a!r}, is {b!r}"]
 

@@ -40,7 +40,7 @@ def consistency(
         x = _renoise(b, x0, t, sigma_min, s_noise)
 
 
-@register("shortcut", Claim(order=None), grid="fraction")
+@register("shortcut", Claim(order=None, sized=True), grid="fraction")
 def shortcut(b: Builder, grid: Tensor) -> None:
     """Shortcut and MeanFlow sampling (Frans et al. 2025, algorithm 2; Geng et al. 2025, eq. 12).
 

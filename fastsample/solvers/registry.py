@@ -43,6 +43,7 @@ class Claim:
         space: the quantity that is integrated ("x0", "eps", "v", "flow"), for the moment conditions.
         variable: the variable in which it is a polynomial ("lam", "rho", "t").
         stochastic: whether noise is drawn (at its default options).
+        sized: whether the network must take a step size, ``net(x, t, step=...)``.
     """
 
     order: int | None
@@ -50,6 +51,7 @@ class Claim:
     space: str = "x0"
     variable: str = "lam"
     stochastic: bool = False
+    sized: bool = False
 
 
 @dataclass(frozen=True)

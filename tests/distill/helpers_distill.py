@@ -41,7 +41,9 @@ def exact_trainer(name: str, method: dict[str, Any], net: Any = None, **settings
     return distill.Trainer(kind(teacher, **method), (x.double(), labels), **(defaults | settings))
 
 
-def tiny_trainer(name: str = "shortcut", method: dict[str, Any] | None = None, **settings: Any) -> distill.Trainer:
+def tiny_trainer(
+    name: str = "shortcut", method: dict[str, Any] | None = None, **settings: Any
+) -> distill.Trainer:
     """A training of a few seconds on the digits."""
     kind = getattr(distill, distill.METHODS[name][1])
     defaults: dict[str, Any] = {

@@ -141,7 +141,9 @@ def test_data_driven_loss_approaches_it() -> None:
         r = process.t_of_lam(h)
         ratio = float(process.sigma(r) / process.sigma(t))
         gap = float(process.alpha(r)) - ratio * float(process.alpha(t))
-        moved = ratio * x_t + gap * mean  # x_r for the mean clean sample: f is smooth, so the first order is this
+        moved = (
+            ratio * x_t + gap * mean
+        )  # x_r for the mean clean sample: f is smooth, so the first order is this
         bias.append(float((truth.end(moved, float(r)) - end).norm()))
         other = ratio * x_t + gap * (mean + 0.5)
         spread.append(float((truth.end(other, float(r)) - end).norm()))
@@ -150,7 +152,9 @@ def test_data_driven_loss_approaches_it() -> None:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("process", [VP, fs.EDM(), fs.Flow(), fs.TrigFlow(), fs.VE()], ids=lambda p: f"{p!r:.10}")
+@pytest.mark.parametrize(
+    "process", [VP, fs.EDM(), fs.Flow(), fs.TrigFlow(), fs.VE()], ids=lambda p: f"{p!r:.10}"
+)
 def test_boundary_is_exact(process: fs.Process, prediction: str) -> None:
     """Where no noise is left the consistency function is the identity, whatever the network says."""
     denoiser = fs.wrap(Linear(), process, prediction)
@@ -509,7 +513,9 @@ def test_ict_tables() -> None:
     assert float(levels[-1]) == pytest.approx(80.0)
     assert float(levels[-2]) == pytest.approx(57.586, rel=1e-4)  # EDM's 18 steps (Karras et al. 2022)
     cdf = scipy.stats.lognorm(s=2.0, scale=math.exp(-1.1)).cdf(levels.numpy())
-    np.testing.assert_allclose(method.probabilities(levels).numpy(), np.diff(cdf) / (cdf[-1] - cdf[0]), rtol=1e-6)
+    np.testing.assert_allclose(
+        method.probabilities(levels).numpy(), np.diff(cdf) / (cdf[-1] - cdf[0]), rtol=1e-6
+    )
 
 
 def test_ect_schedule() -> None:
@@ -542,8 +548,8 @@ def test_settings_are_refused_early() -> None:
         distill.Consistency(mixture_teacher())
     with pytest.raises(ValueError, match="wrap the student's network with the teacher's process"):
         distill.Consistency(teacher, fs.wrap(Linear(), fs.Flow(), "v"))
+    method = distill.SCM(fs.wrap(Linear(), VP, "v", quantize=True, sample_shape=SHAPE), warmup=0)
     with pytest.raises(ValueError, match="whole times only"):
-        method = distill.SCM(fs.wrap(Linear(), VP, "v", quantize=True, sample_shape=SHAPE), warmup=0)
         method.loss(Batch.of(torch.zeros(2, *SHAPE, dtype=torch.float64)))
 
 
@@ -553,7 +559,9 @@ def test_every_method_trains_in_a_bare_loop(name: str, tmp_path: Any) -> None:
     teacher = fs.zoo.load("digits")
     x, labels = digits("train")
     kind = getattr(distill, distill.METHODS[name][1])
-    method = kind(teacher, convert=0, **({"pairs": 64, "pair_steps": 2} if name in ("knowledge", "reflow") else {}))
+    method = kind(
+        teacher, convert=0, **({"pairs": 64, "pair_steps": 2} if name in ("knowledge", "reflow") else {})
+    )
     method.begin(4)
     method.prepare((x, labels), tmp_path)
     before = [p.detach().clone() for p in method.nets["student"].parameters()]

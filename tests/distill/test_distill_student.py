@@ -252,9 +252,9 @@ def test_distil_bench_and_sample_from_the_command_line(tmp_path: Path) -> None:
     )  # fmt: skip
     assert bench.returncode == 0, bench.stderr
     results = json.loads((tmp_path / "bench" / "results.json").read_text())
-    cells = {(c["solver"], c["steps"]) for c in results["cells"]}
+    cells = {(c["solver"], c["steps"]) for c in results["points"]}
     assert {("student", 1), ("student", 2), ("student", 4), ("ddim", 2)} <= cells
-    for cell in results["cells"]:
+    for cell in results["points"]:
         assert cell["nfe"] == cell["steps"]
     sample = command("sample", f"model={out}", "steps=1", "n=4", f"out={tmp_path / 'images'}")
     assert sample.returncode == 0, sample.stderr

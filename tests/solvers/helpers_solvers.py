@@ -30,7 +30,7 @@ PROCESSES = {
 
 def deterministic() -> list[str]:
     """All solvers that draw no noise at their default options."""
-    return [name for name in fs.solvers.names() if not fs.solvers.get(name).claim.stochastic]
+    return [name for name in fs.solvers.names() if not fs.solvers.get(name).claim.stochastic and not fs.solvers.get(name).claim.sized]
 
 
 def unlowered(name: str) -> dict[str, bool]:

@@ -1,0 +1,116 @@
+"""Students of the embedded digits network by every method, with default settings, beside their teacher.
+
+    python benchmarks/distilled.py --out runs/distilled                     # all methods, three seeds: hours
+    python benchmarks/distilled.py --methods knowledge ect --seeds 0 --steps 2000
+
+Killed and started again it goes on. The table is written to benchmarks/results/distilled-digits.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import fastsample as fs
+from fastsample import distill
+from fastsample.distill.data import as_data
+from fastsample.distill.evaluation import Evaluation
+from fastsample.distill.student import Student
+
+TEACHERS = [("auto", k) for k in (1, 4, 5, 8, 16, 35)] + [("unipc", k) for k in (1, 4, 5, 8, 16, 35)]
+SAMPLES = 10_000
+
+
+class _Teacher(Student):
+    """The teacher's sampler where an evaluation expects a student's."""
+
+    def sampler(self, steps: int | None = None) -> fs.Sampler:
+        return fs.Sampler(self.denoiser, self.solver, steps, end="zero")
+
+
+def teacher_table() -> list[str]:
+    denoiser = fs.zoo.load("digits")
+    evaluation = Evaluation("fd-digits", SAMPLES, as_data("digits"), torch.device("cpu"))
+    lines = ["| teacher's solver | evaluations | fd-digits |", "|---|---|---|"]
+    for solver, steps in TEACHERS:
+        found = evaluation.distance(_Teacher(denoiser, solver), steps, seed=1)
+        lines.append(f"| `{solver}` | {steps} | {found.value:.3f} ± {found.se:.3f} |")
+    return lines
+
+
+def student_rows(out: Path, names: list[str], seeds: list[int]) -> list[str]:
+    """The rows of all students that are finished."""
+    lines = [
+        "| method | updates | seeds | 1 step | 2 steps | 4 steps | minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        folders = [f for s in seeds if ((f := out / f"{name}-{s}") / "manifest.json").exists()]
+        if not folders:
+            continue
+        students = [fs.load(f) for f in folders]
+        cells = []
+        for k in (1, 2, 4):
+            rows = [row for s in students for row in s.measured if row["steps"] == k]
+            if not rows:
+                cells.append("")
+                continue
+            values = [r["fd-digits"] for r in rows]
+            error = math.sqrt(sum(r["standard error"] ** 2 for r in rows)) / len(rows)
+            cells.append(f"{statistics.fmean(values):.3f} ± {error:.3f}")
+        minutes = statistics.fmean(float((f / "minutes.txt").read_text()) for f in folders)
+        updates = students[0].training["steps"]
+        lines.append(f"| `{name}` | {updates} | {len(folders)} | {' | '.join(cells)} | {minutes:.1f} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--methods", nargs="+", default=list(distill.METHODS), choices=list(distill.METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/distilled"))
+    parser.add_argument("--table", action="store_true", help="only write the table of what is finished")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for seed in [] if args.table else args.seeds:
+        for name in args.methods:
+            folder = args.out / f"{name}-{seed}"
+            if (folder / "manifest.json").exists():
+                continue
+            started = time.perf_counter()
+            method = getattr(distill, distill.METHODS[name][1])(fs.zoo.load("digits"))
+            trainer = distill.Trainer(
+                method, "digits", steps=args.steps, seed=seed, metric="fd-digits", device="cpu"
+            )
+            student = trainer.fit(folder)
+            minutes = (time.perf_counter() - started) / 60
+            (folder / "minutes.txt").write_text(f"{minutes:.2f}")
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(name, seed, student.measured, f"{minutes:.1f} min", f"peak {peak:.0f} MB", flush=True)
+    if args.table:
+        text = [
+            "# Students of the digits network",
+            "",
+            f"`fd-digits` to the training images, {SAMPLES} samples, lower is better; {args.threads} CPU thread, torch "
+            f"{torch.__version__}, {platform.machine()}. Written by `python benchmarks/distilled.py --table`.",
+            "",
+            *student_rows(args.out, list(distill.METHODS), args.seeds),
+            "",
+            *teacher_table(),
+        ]
+        Path("benchmarks/results/distilled-digits.md").write_text("\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()
