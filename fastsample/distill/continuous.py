@@ -52,7 +52,7 @@ class SCM(ConsistencyModel):
         over = self.warmup
         if 0 < over < 1:
             over *= self.whole
-        return 1.0 if over <= 0 else min(1.0, max(0, step - (self.convert or 0)) / over)
+        return 1.0 if over <= 0 else min(1.0, max(0, step - self.conversion) / over)
 
     def objective(self, batch: Batch, role: str) -> Tensor:
         process = self.teacher.process

@@ -53,7 +53,8 @@ class Method:
         prediction: what the student's network predicts; by default the teacher's own, or "v" where eps says
             too little about the clean sample at the noisiest time (``|dx_0 / dout|`` above 20).
         convert: updates that first teach the student the teacher's function in another prediction type (Meng
-            et al. 2023, section 5.2 do so); by default 1,000 where the type changes and the method needs it.
+            et al. 2023, section 5.2 do so); by default a fifth of the training, at most 1,000, where the type
+            changes and the method needs it.
         total: updates of the whole training, where a schedule depends on it; the trainer's ``steps``.
 
     Attributes:
@@ -105,8 +106,8 @@ class Method:
             self.prediction or (self._preferred(start) if self.student is None else kept)
         )
         changed = self.prediction != kept
-        if self.convert is None:
-            self.convert = _CONVERSION if changed and self.converts else 0
+        if self.convert is None and not (changed and self.converts):
+            self.convert = 0
         if changed:
             log.info("the student predicts %s (the teacher: %s)", self.prediction, kept)
         # the state is handed over as it is: mixed precision is the trainer's
@@ -176,6 +177,13 @@ class Method:
         """Options of the student's solver and its grid."""
         return {}
 
+    @property
+    def conversion(self) -> int:
+        """The number of updates that teach the student its prediction type."""
+        if self.convert is not None:
+            return self.convert
+        return _CONVERSION if self.total is None else min(_CONVERSION, self.total // 5)
+
     # -- what is common --------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, role: str = "student") -> Tensor:
@@ -188,7 +196,7 @@ class Method:
             raise ValueError(
                 f"role={role!r} is not trained by {type(self).__name__}; {', '.join(self.trained)} are"
             )
-        if batch.step < (self.convert or 0):
+        if batch.step < self.conversion:
             return self._conversion(batch)
         return self.objective(batch, role)
 

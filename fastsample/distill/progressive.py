@@ -54,7 +54,7 @@ class Progressive(Method):
 
     def stage(self, step: int) -> int:
         """The stage of an update."""
-        converted = self.convert or 0
+        converted = self.conversion
         done = (step - converted) / max(1, self.whole - converted)
         return max(0, min(len(self.stages) - 1, int(done * len(self.stages))))
 

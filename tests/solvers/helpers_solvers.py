@@ -29,8 +29,9 @@ PROCESSES = {
 
 
 def deterministic() -> list[str]:
-    """All solvers that draw no noise at their default options."""
-    return [name for name in fs.solvers.names() if not fs.solvers.get(name).claim.stochastic and not fs.solvers.get(name).claim.sized]
+    """All solvers that draw no noise at their default options, for any network (none that takes a step size)."""
+    claims = {name: fs.solvers.get(name).claim for name in fs.solvers.names()}
+    return [name for name, claim in claims.items() if not claim.stochastic and not claim.sized]
 
 
 def unlowered(name: str) -> dict[str, bool]:
