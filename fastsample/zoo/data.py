@@ -1,11 +1,12 @@
-"""The embedded data: scikit-learn's digits, split once and for all.
+"""The zoo's data: scikit-learn's digits, which are embedded, and Fashion-MNIST, which torchvision downloads.
 
-The 1,797 images (8x8, 17 grey levels, ten classes; E. Alpaydin & C. Kaynak, "Optical Recognition of
+The 1,797 digits (8x8, 17 grey levels, ten classes; E. Alpaydin & C. Kaynak, "Optical Recognition of
 Handwritten Digits", UCI 1998) come with scikit-learn, so nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import numpy as np
@@ -48,3 +49,36 @@ def digits(split: Literal["train", "heldout", "all"] = "train") -> tuple[Tensor,
         rank[members] = np.arange(len(members))
     chosen = torch.from_numpy((rank % 3 == 2) == (split == "heldout"))
     return images[chosen], labels[chosen]
+
+
+def data_folder() -> str:
+    """Where torchvision's data sets lie: ``data``, or what the environment variable FASTSAMPLE_DATA names."""
+    return os.environ.get("FASTSAMPLE_DATA", "data")
+
+
+def fashion_mnist(split: Literal["train", "heldout"] = "train") -> tuple[Tensor, Tensor]:
+    """Images and labels of Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747).
+
+    Args:
+        split: ``"train"`` (60,000 images) or ``"heldout"`` (the 10,000 of its test set).
+
+    Returns:
+        Images, float32 ``[N, 1, 28, 28]`` in [-1, 1], and labels, int64 ``[N]``.
+
+    Raises:
+        ValueError: unknown split.
+        FileNotFoundError: it has not been downloaded; the message has the command.
+    """
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
+    from torchvision.datasets import FashionMNIST
+
+    root = data_folder()
+    try:
+        raw = FashionMNIST(root, train=split == "train")
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"fashion-mnist: not found under {root}/ (FASTSAMPLE_DATA names another folder); "
+            f"torchvision.datasets.FashionMNIST({root!r}, download=True) fetches it"
+        ) from error
+    return raw.data[:, None].float() / 127.5 - 1, raw.targets.long()

@@ -8,6 +8,7 @@ at least 24 images a feature, below which the distance's jackknife error is unre
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -20,30 +21,45 @@ NAME = "fd-digits"
 NUM_FEATURES = 24
 
 
-class DigitsClassifier(nn.Module):
-    """Three convolutions, a layer of standardised features, a linear classifier; input ``[B, 1, 8, 8]``."""
+class Classifier(nn.Module):
+    """Convolutions, a layer of standardised features, a linear classifier.
 
-    def __init__(self, channels: int = 32, num_features: int = NUM_FEATURES, dropout: float = 0.3) -> None:
+    Args:
+        channels: of the first two convolutions.
+        num_features: of the last hidden layer.
+        dropout: before it.
+        image_size: height and width of the images.
+        levels: further convolutions, each with twice the channels and half the size.
+    """
+
+    def __init__(
+        self,
+        channels: int = 32,
+        num_features: int = NUM_FEATURES,
+        dropout: float = 0.3,
+        image_size: int = SAMPLE_SHAPE[-1],
+        levels: int = 1,
+    ) -> None:
         super().__init__()
+
+        def convolution(a: int, b: int, stride: int = 1) -> list[nn.Module]:
+            return [nn.Conv2d(a, b, 3, stride=stride, padding=1), nn.BatchNorm2d(b), nn.GELU()]
+
+        widths = [channels * 2**i for i in range(levels + 1)]
+        size = image_size // 2**levels
         self.body = nn.Sequential(
-            nn.Conv2d(1, channels, 3, padding=1),
-            nn.BatchNorm2d(channels),
-            nn.GELU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.BatchNorm2d(channels),
-            nn.GELU(),
-            nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1),
-            nn.BatchNorm2d(2 * channels),
-            nn.GELU(),
+            *convolution(1, channels),
+            *convolution(channels, channels),
+            *(m for a, b in itertools.pairwise(widths) for m in convolution(a, b, 2)),
             nn.Flatten(),
             nn.Dropout(dropout),
-            nn.Linear(2 * channels * 16, num_features),
+            nn.Linear(widths[-1] * size**2, num_features),
             nn.BatchNorm1d(num_features, affine=False),
         )
         self.classifier = nn.Linear(num_features, NUM_CLASSES)
 
     def features(self, x: Tensor) -> Tensor:
-        """Images in [-1, 1] ``[B, 1, 8, 8]`` -> features ``[B, num_features]``."""
+        """Images in [-1, 1] ``[B, 1, H, W]`` -> features ``[B, num_features]``."""
         return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,10 +92,10 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 @functools.cache
-def classifier() -> DigitsClassifier:
+def classifier() -> Classifier:
     """The trained classifier, in evaluation mode on the CPU; read once."""
     tensors, config = load_weights("digits_features")
-    net = DigitsClassifier(**config)
+    net = Classifier(**config)
     net.load_state_dict(tensors)
     return net.eval().requires_grad_(False)
 
@@ -122,7 +138,7 @@ def register_with_torch_fidelity() -> str:
         def __init__(self, name: str, features_list: list[str], **kwargs: object) -> None:
             super().__init__(name, features_list)
             tensors, config = load_weights("digits_features")
-            self.net = DigitsClassifier(**config)  # its own copy: torch-fidelity may move it to a GPU
+            self.net = Classifier(**config)  # its own copy: torch-fidelity may move it to a GPU
             self.net.load_state_dict(tensors)
             self.net.eval().requires_grad_(False)
 

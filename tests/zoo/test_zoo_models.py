@@ -21,11 +21,9 @@ from fastsample.zoo.features import (
     register_with_torch_fidelity,
     to_unit_range,
 )
-from fastsample.zoo.train_digits import (
-    CLASSIFIER_CONFIG,
-    UNET_CONFIG,
-    eps_loss,
-    main,
+from fastsample.zoo.train_digits import CLASSIFIER_CONFIG, UNET_CONFIG, main
+from fastsample.zoo.training import (
+    denoising_loss,
     train_classifier,
     train_unet,
 )
@@ -153,7 +151,7 @@ def test_training_lowers_the_loss_and_repeats() -> None:
     assert sum(losses[-10:]) / 10 < 0.75
     pairs = zip(net.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert eps_loss(net, images[:200], labels[:200], VP.linear()) < 0.95
+    assert denoising_loss(net, images[:200], labels[:200], VP.linear()) < 0.95
 
 
 def test_classifier_training_learns_and_standardises_the_features() -> None:
@@ -189,8 +187,8 @@ def test_weights_are_small() -> None:
 def test_teacher_predicts_noise_on_unseen_images() -> None:
     denoiser = zoo.load("digits")
     images, labels = digits("heldout")
-    conditional = eps_loss(denoiser.net, images, labels, denoiser.process, repeats=2)  # type: ignore[arg-type]
-    null = eps_loss(denoiser.net, images, torch.full_like(labels, 10), denoiser.process, 2)  # type: ignore[arg-type]
+    conditional = denoising_loss(denoiser.net, images, labels, denoiser.process, repeats=2)  # type: ignore[arg-type]
+    null = denoising_loss(denoiser.net, images, torch.full_like(labels, 10), denoiser.process, 2)  # type: ignore[arg-type]
     assert conditional < 0.082
     assert null < 0.092
     assert conditional < null
