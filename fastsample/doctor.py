@@ -39,6 +39,7 @@ class Examination:
 _OPTIONAL = {
     "diffusers": "pipelines and their schedulers beside ours: pip install 'fastsample[diffusers]'",
     "transformers": "text encoders of pipelines: pip install 'fastsample[diffusers]'",
+    "peft": "LoRA students: pip install 'fastsample[peft]'",
     "tensorboard": "pip install 'fastsample[tensorboard]'",
 }
 _NEEDED = (

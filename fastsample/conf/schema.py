@@ -222,8 +222,8 @@ class DistillConfig:
 
     method: Any = option(
         "consistency",
-        "consistency, ict, ect, scm, shortcut, meanflow, progressive, reflow, knowledge, sid or dmd2; its own "
-        "settings are method.NAME=VALUE (fastsample distill method=NAME --cfg job prints them).",
+        "consistency, ict, ect, scm, shortcut, meanflow, progressive, reflow, knowledge, sid, dmd2 or lcm; its "
+        "own settings are method.NAME=VALUE (fastsample distill method=NAME --cfg job prints them).",
     )
     teacher: Any = option(
         "digits",

@@ -22,6 +22,7 @@ METHODS = {
     "knowledge": ("knowledge", "Knowledge"),
     "sid": ("sid", "SiD"),
     "dmd2": ("dmd2", "DMD2"),
+    "lcm": ("lcm", "LCM"),
 }
 _WHERE = {
     **{name: file for file, name in METHODS.values()},
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from .dmd2 import DMD2
     from .ect import ECT, ICT
     from .knowledge import Knowledge
+    from .lcm import LCM
     from .meanflow import MeanFlow
     from .method import Method
     from .pairs import make_pairs

@@ -16,7 +16,7 @@ _PROBES = 2
 
 
 class Conditioned(nn.Module):
-    """A network that is also told a number, ``net(x, t, NAME=number (B,), **conditions)``.
+    """A network that is also told a number, ``net(x, t, NAME=number (B,) or one for all, **conditions)``.
 
     The number is embedded (sines and cosines, two layers) and added to the network's own time embedding. The
     last layer starts at zero, so that the network starts as it was (Zhang et al. 2023, ControlNet, for the
@@ -56,9 +56,10 @@ class Conditioned(nn.Module):
         if number is None:
             return self.net(x, t, **conditions)
         dtype = next(self.adapter.parameters()).dtype
+        number = torch.as_tensor(number, device=x.device).float().expand(len(x))
         half = WIDTH // 2
         frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=x.device) / half)
-        angles = self.scale * number.float().reshape(-1, 1) * frequencies
+        angles = self.scale * number.reshape(-1, 1) * frequencies
         self._added = self.adapter(torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype))
         try:
             return self.net(x, t, **conditions)

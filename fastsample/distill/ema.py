@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .method import follow
+from .weights import duplicate, load_own, own_state
 
 
 class Averages:
@@ -24,7 +24,7 @@ class Averages:
         if not decays or not all(0 <= d < 1 for d in decays):
             raise ValueError(f"ema={tuple(decays)!r}: give decays in [0, 1), such as (0.99, 0.999)")
         self.decays = tuple(decays)
-        self.nets = {str(d): copy.deepcopy(net).eval().requires_grad_(False) for d in self.decays}
+        self.nets = {str(d): duplicate(net).eval().requires_grad_(False) for d in self.decays}
 
     def update(self, net: nn.Module, step: int) -> None:
         """After an update, of which ``step`` were before."""
@@ -33,12 +33,12 @@ class Averages:
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """All averages' weights."""
-        return {name: net.state_dict() for name, net in self.nets.items()}
+        return {name: own_state(net) for name, net in self.nets.items()}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """The inverse of :meth:`state_dict`."""
         for name, net in self.nets.items():
-            net.load_state_dict(state[name])
+            load_own(net, state[name])
 
 
 def gamma_of_std(std: float) -> float:
@@ -63,7 +63,7 @@ class PowerAverages:
 
     def __init__(self, net: nn.Module, stds: Sequence[float] = (0.05, 0.1)) -> None:
         self.gammas = {f"{std:g}": gamma_of_std(std) for std in stds}
-        self.nets = {name: copy.deepcopy(net).eval().requires_grad_(False) for name in self.gammas}
+        self.nets = {name: duplicate(net).eval().requires_grad_(False) for name in self.gammas}
 
     def update(self, net: nn.Module, step: int) -> None:
         """After an update, of which ``step`` were before (eq. 2: ``beta = (1 - 1/t)^(gamma + 1)``)."""

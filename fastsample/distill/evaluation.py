@@ -14,6 +14,7 @@ from ..metrics import FeatureExtractor, FrechetReference, GroupedMoments, estima
 from ..metrics.frechet import FrechetEstimate, minimum_samples
 from .data import Data
 from .student import Student
+from .weights import own_state
 
 _SEED = 0x5EED  # of the evaluation's noise and conditions: others than those of the training
 
@@ -126,5 +127,5 @@ class Best:
 
 
 def weights(net: nn.Module) -> dict[str, Tensor]:
-    """A network's tensors for safetensors: contiguous, on the CPU, none shared."""
-    return {k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}
+    """A network's own tensors for safetensors: contiguous, on the CPU, none shared."""
+    return {k: v.detach().cpu().contiguous().clone() for k, v in own_state(net).items()}

@@ -22,6 +22,7 @@ from ..prediction import canonical, coefficients
 from .adapters import conditioned
 from .batch import Batch
 from .prediction import noised, predict, time_of_phi
+from .weights import duplicate, own_parameters
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,9 @@ class Method:
             et al. 2023, section 5.2 do so); by default a fifth of the training, at most 1,000, where the type
             changes and the method needs it.
         total: updates of the whole training, where a schedule depends on it; the trainer's ``steps``.
+        lora: the student is LoRA matrices on the parameters of the network it starts from, which it shares:
+            options of ``peft.LoraConfig``, such as ``{"r": 16, "target_modules": ["to_q", "to_v"]}``. It keeps
+            the teacher's prediction type.
 
     Attributes:
         nets: all networks with a state, by role; those of ``trained`` have an optimiser.
@@ -72,6 +76,7 @@ class Method:
     prediction: str | None = None
     convert: int | None = None
     total: int | None = None
+    lora: Mapping[str, Any] | None = None
 
     solver: ClassVar[str] = "consistency"
     steps: ClassVar[tuple[int, ...]] = (1, 2, 4)
@@ -103,7 +108,7 @@ class Method:
             )
         kept = start.prediction
         self.prediction = canonical(
-            self.prediction or (self._preferred(start) if self.student is None else kept)
+            self.prediction or (kept if self.student or self.lora else self._preferred(start))
         )
         changed = self.prediction != kept
         if self.convert is None and not (changed and self.converts):
@@ -112,10 +117,18 @@ class Method:
             log.info("the student predicts %s (the teacher: %s)", self.prediction, kept)
         # the state is handed over as it is: mixed precision is the trainer's
         self._meaning = start.replace(prediction=self.prediction, guidance=None, dtype=None)
-        self.nets["student"] = copy.deepcopy(start.net).requires_grad_(True).train()
+        if self.lora is None:
+            self.nets["student"] = copy.deepcopy(start.net).requires_grad_(True).train()
+        else:
+            from .lora import with_lora
+
+            self.nets["student"] = with_lora(start.net, self.lora).train()
+            self._meaning = self._meaning.replace(dtype=start.dtype)  # the base's precision stays
+        self.build()
         if isinstance(self.teacher.net, nn.Module):
             self.teacher.net.requires_grad_(False).eval()
-        self.build()
+        if self.lora is not None:  # whatever the roles did to what they share
+            start.net.requires_grad_(False)
 
     def _preferred(self, start: Denoiser) -> str:
         process = start.process
@@ -228,7 +241,7 @@ class Method:
 
     def copy_of(self, role: str) -> nn.Module:
         """A copy that is not trained: targets, previous students, references."""
-        return copy.deepcopy(self.nets[role]).requires_grad_(False).eval()
+        return duplicate(self.nets[role]).requires_grad_(False).eval()
 
     def give_number(
         self, role: str, name: str, at: str | None, conditions: Mapping[str, Any] | None = None
@@ -277,13 +290,16 @@ class Method:
     @contextmanager
     def training(self, role: str) -> Iterator[nn.Module]:
         """While one role is trained, the others let gradients through but collect none."""
-        for name in self.trained:
-            self.nets[name].requires_grad_(name == role)
+        own = {name: own_parameters(self.nets[name]) for name in self.trained}
+        for name, parameters in own.items():
+            for p in parameters:
+                p.requires_grad_(name == role)
         try:
             yield self.nets[role]
         finally:
-            for name in self.trained:
-                self.nets[name].requires_grad_(True)
+            for parameters in own.values():
+                for p in parameters:
+                    p.requires_grad_(True)
 
 
 def student_plan(denoiser: Denoiser, solver: str, steps: int, options: Mapping[str, Any]) -> Plan:
@@ -311,7 +327,7 @@ def pseudo_huber(error: Tensor, c: float | None = None) -> Tensor:
 @torch.no_grad()
 def follow(average: nn.Module, net: nn.Module, decay: float) -> None:
     """One step of an exponential moving average; buffers are copied."""
-    own, new = ([p.detach() for p in n.parameters()] for n in (average, net))
+    own, new = ([p.detach() for p in own_parameters(n)] for n in (average, net))
     torch._foreach_lerp_(own, new, 1 - decay)
     for a, b in zip(average.buffers(), net.buffers(), strict=True):
         a.copy_(b)

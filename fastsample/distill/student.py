@@ -18,7 +18,9 @@ from ..process import from_description
 from ..sampler import Sampler
 from .adapters import Conditioned
 from .checkpoint import MANIFEST, seal, verify
+from .lora import again, lora_of
 from .method import student_plan
+from .weights import load_own, own_state
 
 FORMAT = "fastsample.student"
 SCHEMA = 1
@@ -80,7 +82,7 @@ class Student:
             raise ValueError(f"the network is a {type(net).__name__}; a module with weights is needed")
         target.mkdir(parents=True, exist_ok=True)
         (target / MANIFEST).unlink(missing_ok=True)  # not whole from here on
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in own_state(net).items()}
         write_atomically(target / _WEIGHTS, save(tensors))
         files = [_WEIGHTS, _CONFIG, _CARD]
         for steps in self.steps:
@@ -99,6 +101,7 @@ class Student:
             "schema": SCHEMA,
             "network": architecture(denoiser.net),
             "adapter": adapter_of(denoiser.net),
+            "lora": lora_of(denoiser.net),
             "process": denoiser.process.describe(),
             "levels": None if levels is None else levels.tolist(),
             "prediction": denoiser.prediction,
@@ -143,6 +146,9 @@ class Student:
     def export_diffusers(self, folder: str | Path) -> Path:
         """Write the network as a diffusers model folder (``from_pretrained`` reads it), the plans beside it.
 
+        A LoRA student is written as LoRA weights, which the teacher's network reads:
+        ``load_lora_adapter(folder, prefix=None, use_safetensors=True)``.
+
         Raises:
             ValueError: the network is not one of diffusers.
         """
@@ -151,7 +157,10 @@ class Student:
             raise ValueError(
                 f"the network is a {type(net).__name__}, which is not one of diffusers; load it by fs.load"
             )
-        net.save_pretrained(folder)
+        if lora_of(net) is None:
+            net.save_pretrained(folder)
+        else:
+            net.save_lora_adapter(folder)  # type: ignore[attr-defined]
         for steps in self.steps:
             self.plan(steps).save(Path(folder) / f"plan-{steps}.json")
         return Path(folder)
@@ -179,7 +188,7 @@ def architecture(net: Any) -> dict[str, Any] | None:
         inner = architecture(net.net)
         return None if inner is None else {"adapter": adapter_of(net), "net": inner}
     config = getattr(net, "config", None)
-    if not isinstance(config, Mapping):
+    if lora_of(net) is not None or not isinstance(config, Mapping):
         return None
     own = {k: v for k, v in config.items() if not k.startswith("_")}
     kind = f"{type(net).__module__}.{type(net).__qualname__}"
@@ -216,16 +225,28 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     return kind(**description["config"])
 
 
+def _embedded(folder: Path, name: Any) -> Denoiser:
+    """The teacher of a LoRA student, where it is an embedded model."""
+    from .. import zoo
+
+    if not isinstance(name, str) or name not in zoo.names():
+        raise ValueError(
+            f"{folder} holds LoRA weights on the student's teacher; give it: fs.load(folder, teacher)"
+        )
+    return zoo.load(name)
+
+
 def load(
-    folder: str | Path, net: nn.Module | Denoiser | None = None, *, device: torch.device | str = "cpu"
+    folder: str | Path, net: nn.Module | Denoiser | None = None, *, device: torch.device | str | None = None
 ) -> Student:
     """A student from its folder; every file is checked against the manifest first.
 
     Args:
         folder: as written by a trainer or :meth:`Student.save`.
         net: a network of the student's architecture, where it cannot be built again by itself (it tells no
-            ``config``); or its teacher, of which a copy is taken. Its weights are replaced.
-        device: where to put it.
+            ``config``); or its teacher, of which a copy is taken. Its weights are replaced. LoRA students need
+            it, share its parameters and leave them as they are.
+        device: where to put it; by default the CPU, and LoRA students where their base is.
 
     Raises:
         ValueError: no student, a damaged file, or a network that cannot be built; the message says what to do.
@@ -245,11 +266,22 @@ def load(
         raise ValueError(
             f"{source / _CONFIG} is no student of this version (schema {SCHEMA}); upgrade fastsample"
         )
+    lora = config.get("lora")
+    if lora is not None and net is None:
+        net = _embedded(source, config["training"].get("teacher"))
     teacher = net if isinstance(net, Denoiser) else None
     if teacher is not None:
         import copy
 
-        net = copy.deepcopy(teacher.net)  # type: ignore[assignment]
+        net = teacher.net if lora is not None else copy.deepcopy(teacher.net)  # type: ignore[assignment]
+    if lora is not None:
+        assert isinstance(net, nn.Module)
+        place = next(net.parameters()).device
+        if device is not None and torch.device(device) != place:
+            raise ValueError(
+                f"device={str(device)!r}, but the LoRA student's base is on {place}; move that first"
+            )
+        device, net = place, again(net, lora)
     adapter = config["adapter"]
     if adapter is not None and isinstance(net, nn.Module) and not isinstance(net, Conditioned):
         net = Conditioned(net, **adapter)
@@ -263,7 +295,7 @@ def load(
     assert isinstance(net, nn.Module)
     tensors = parse((source / _WEIGHTS).read_bytes())
     try:
-        net.load_state_dict(tensors)
+        load_own(net, tensors)
     except RuntimeError as error:
         raise ValueError(
             f"{source}: the weights do not fit the network: {str(error).splitlines()[1].strip()}"
@@ -275,7 +307,7 @@ def load(
         )
     process = from_description(config["process"])
     denoiser = wrap(
-        net.to(device).eval().requires_grad_(False),
+        net.to(device or "cpu").eval().requires_grad_(False),
         process,
         config["prediction"],
         time_input=time_input,

@@ -28,6 +28,7 @@ from .ema import Averages, PowerAverages
 from .evaluation import Best, Evaluation, weights
 from .method import Method
 from .student import Student
+from .weights import duplicate, load_own, own_parameters, own_state
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +253,8 @@ class _Run:
         )
         self.main = self.accelerator.is_main_process
         self.method = method = copy.copy(trainer.method)
-        method.nets = copy.deepcopy(trainer.method.nets)  # the method's own stay as they are
+        # the method's own stay as they are
+        method.nets = {name: duplicate(net) for name, net in trainer.method.nets.items()}
         method.teacher = _moved(trainer.method.teacher, self.device)
         self.seed = trainer.seed
         self.world = self.accelerator.num_processes
@@ -327,13 +329,13 @@ class _Run:
             return
         self.step, state = found
         for name, net in self.plain.items():
-            net.load_state_dict(state["nets"][name])
+            load_own(net, state["nets"][name])
         for role, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][role])
         self.averages.load_state_dict(state["ema"])
         if self.power is not None:
             for name, net in self.power.nets.items():
-                net.load_state_dict(state["power"][name])
+                load_own(net, state["power"][name])
         self.best.load_state_dict(state["best"])
         if (scaler := self.accelerator.scaler) is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
@@ -367,12 +369,10 @@ class _Run:
         self.checkpoints.save(
             self.step,
             {
-                "nets": {name: net.state_dict() for name, net in self.plain.items()},
+                "nets": {name: own_state(net) for name, net in self.plain.items()},
                 "optimizers": {role: o.state_dict() for role, o in self.optimizers.items()},
                 "ema": self.averages.state_dict(),
-                "power": {}
-                if self.power is None
-                else {k: v.state_dict() for k, v in self.power.nets.items()},
+                "power": {} if self.power is None else {k: own_state(v) for k, v in self.power.nets.items()},
                 "best": self.best.state_dict(),
                 "scaler": {} if scaler is None else scaler.state_dict(),
             },
@@ -447,7 +447,7 @@ class _Run:
                         self.micro,
                     )
             norm = float(
-                self.accelerator.clip_grad_norm_(self.plain[role].parameters(), self.trainer.clip) or 0.0
+                self.accelerator.clip_grad_norm_(own_parameters(self.plain[role]), self.trainer.clip) or 0.0
             )
             value = float(self.accelerator.reduce(loss, "mean"))
             if not math.isfinite(value) or (not math.isfinite(norm) and self.trainer.precision != "fp16"):
@@ -544,8 +544,8 @@ class _Run:
 
         trainer, folder = self.trainer, self.folder
         self.accelerator.wait_for_everyone()
-        net = copy.deepcopy(next(iter(self.averages.nets.values())))
-        net.load_state_dict(load_file(self.best.file))
+        net = duplicate(next(iter(self.averages.nets.values())))
+        load_own(net, load_file(self.best.file))
         student = self.student(net.eval())
         if not self.main:
             return student

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..builder import Builder, Expr, intervals
+from ..process import Process
 from .registry import Claim, register
 from .sde import check_noise
 
@@ -73,13 +74,18 @@ def lcm(b: Builder, grid: Tensor, timestep_scaling: float = 10.0, s_noise: float
         s_noise: factor of the noise.
     """
     _descending(b, grid, timestep_scaling=timestep_scaling, s_noise=s_noise)
-    low, high = b.process.uniform_of_t(torch.tensor([b.process.t_end, b.process.t_start])).unbind()
     x = b.x
     for s, t in intervals(grid):
-        fraction = (b.process.uniform_of_t(s) - low) / (high - low)
-        u = fraction * (getattr(b.process, "num_train_steps", TRAINED_STEPS) - 1) * timestep_scaling
-        skip, out = SIGMA_DATA**2 / (u**2 + SIGMA_DATA**2), u / torch.sqrt(u**2 + SIGMA_DATA**2)
+        skip, out = lcm_boundary(b.process, s, timestep_scaling)
         x = _renoise(b, skip * x + out * b.x0(x), t, 0.0, s_noise)
+
+
+def lcm_boundary(process: Process, t: Tensor, timestep_scaling: float) -> tuple[Tensor, Tensor]:
+    """``c_skip`` and ``c_out`` of :func:`lcm` at times of any shape, float64."""
+    low, high = process.uniform_of_t(torch.tensor([process.t_end, process.t_start])).unbind()
+    fraction = (process.uniform_of_t(t) - low) / (high - low)
+    u = fraction * (getattr(process, "num_train_steps", TRAINED_STEPS) - 1) * timestep_scaling
+    return SIGMA_DATA**2 / (u**2 + SIGMA_DATA**2), u / torch.sqrt(u**2 + SIGMA_DATA**2)
 
 
 @register("tcd", Claim(order=None, stochastic=True))
