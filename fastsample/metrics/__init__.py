@@ -13,8 +13,11 @@ from fastsample.metrics.frechet import (
     frechet_distance,
     paired_difference,
 )
-from fastsample.metrics.kernel import kernel_distance, sliced_wasserstein
+from fastsample.metrics.kernel import KernelReference, kernel_distance
+from fastsample.metrics.manifold import Manifold, precision, recall
 from fastsample.metrics.memorisation import Memorisation, memorisation
+from fastsample.metrics.scores import inception_score
+from fastsample.metrics.sliced import SlicedReference, sliced_wasserstein
 from fastsample.metrics.statistics import Gaussian, GroupedMoments
 
 __all__ = [
@@ -24,15 +27,21 @@ __all__ = [
     "FrechetReference",
     "Gaussian",
     "GroupedMoments",
+    "KernelReference",
+    "Manifold",
     "Memorisation",
+    "SlicedReference",
     "average",
     "estimate",
     "frechet_distance",
+    "inception_score",
     "kernel_distance",
     "memorisation",
     "metric_names",
     "paired_difference",
     "parse_metric",
+    "precision",
+    "recall",
     "rmse",
     "sliced_wasserstein",
     "to_uint8",

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import urllib.error
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastsample.errors import unknown
+from fastsample.metrics import dinov2
 
 __all__ = ["FeatureExtractor", "MetricName", "metric_name", "metric_names", "parse_metric", "to_uint8"]
 
@@ -69,7 +71,7 @@ def metric_name(base: str, n: int) -> str:
 
 def metric_names() -> list[str]:
     """Base names of the Fréchet metrics that can be asked for here."""
-    return sorted(_bases())
+    return sorted(frechet_metrics())
 
 
 def parse_metric(name: str) -> MetricName:
@@ -81,13 +83,28 @@ def parse_metric(name: str) -> MetricName:
     Raises:
         ValueError: if there is no such metric (the nearest name is given).
     """
-    bases = _bases()
+    bases = frechet_metrics()
+    base, n = split_name(name, bases)
+    return MetricName(base, bases[base], n)
+
+
+def split_name(name: str, bases: Mapping[str, Any]) -> tuple[str, int | None]:
+    """A metric's name without its number of samples, and that number.
+
+    Raises:
+        ValueError: if ``bases`` has no such name (the nearest is given).
+    """
     if name in bases:
-        return MetricName(name, bases[name])
+        return name, None
     match = re.fullmatch(r"(.+)-([1-9]\d*)(k?)", name)
     if match and match[1] in bases:
-        return MetricName(match[1], bases[match[1]], int(match[2]) * (1000 if match[3] else 1))
+        return match[1], int(match[2]) * (1000 if match[3] else 1)
     raise unknown("metrics", name, bases)
+
+
+def frechet_metrics() -> dict[str, str]:
+    """The extractor's name in torch-fidelity's registry for each Fréchet metric."""
+    return _bases()
 
 
 def _bases() -> dict[str, str]:
@@ -109,7 +126,8 @@ class FeatureExtractor:
     Args:
         name: the extractor's name in torch-fidelity's registry.
         device: where it runs.
-        weights: file with its weights; None takes the extractor's own (cached or downloaded once).
+        weights: file with its weights (dinov2-*: folder, see :mod:`fastsample.metrics.dinov2`); None takes the
+            extractor's own (cached or downloaded once).
 
     Attributes:
         sha256: digest of the extractor's name and weights.
@@ -131,18 +149,21 @@ class FeatureExtractor:
         options: dict[str, Any] = {}
         if name == _INCEPTION:
             options["feature_extractor_weights_path"] = os.fspath(_inception_weights(weights))
-        elif weights is not None:
+        elif weights is not None and not name.startswith(dinov2.PREFIX):
             if not Path(weights).is_file():
                 raise FileNotFoundError(
                     f"weights: {weights} does not exist; give the file of {name}'s weights"
                 )
             options["feature_extractor_weights_path"] = os.fspath(weights)
         try:
-            module = cls(name, [layer], **options)
+            if name.startswith(dinov2.PREFIX):
+                module = dinov2.load(name, [layer], weights)
+            else:
+                module = cls(name, [layer], **options)
         except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
             raise FileNotFoundError(
                 f"the weights of {name} are not here and could not be downloaded ({error}); "
-                "give a local copy with weights=FILE"
+                f"give a local copy with weights=FILE (weights.{name}=FILE on the command line)"
             ) from error
         self.name = name
         self.device = torch.device(device)
@@ -173,6 +194,23 @@ class FeatureExtractor:
             )
         (features,) = self._module(images.to(self.device).expand(-1, 3, -1, -1).contiguous())
         return features.flatten(1).to(torch.float64)
+
+    @torch.inference_mode()
+    def logits(self, features: Tensor) -> Tensor:
+        """Class logits without bias, what the Inception score is made of, from the features of Inception.
+
+        Args:
+            features: ``[B, 2048]``, as the call returns them.
+
+        Returns:
+            float64 ``[B, 1008]``.
+
+        Raises:
+            ValueError: of another extractor.
+        """
+        if self.name != _INCEPTION:
+            raise ValueError(f"{self.name} has no logits; the Inception score takes {_INCEPTION}")
+        return features @ self._module.fc.weight.T.double()
 
     def dim(self, image_shape: tuple[int, ...]) -> int:
         """Feature dimension d for images of shape (C, H, W)."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,31 +84,40 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 @dataclass(frozen=True)
 class FrechetEstimate:
-    """A Fréchet distance with its uncertainty.
+    """A Fréchet distance, or another statistic of the samples, with its jackknife error.
 
     Attributes:
-        value: bias-corrected distance (may be slightly negative where the truth is near zero).
+        value: the estimate; a bias-corrected distance may be slightly negative where the truth is near zero.
         se: its standard error.
-        plain: the distance as usually reported, bias included.
+        plain: the statistic as usually reported, bias included.
         n: number of samples.
-        dim: feature dimension d.
-        leave_one_out: plain distance without group g, for each group; with ``sizes`` all that paired
+        dim: dimension d of the features whose covariance was fitted; None for statistics that fit none.
+        leave_one_out: plain statistic without group g, for each group; with ``sizes`` all that paired
             differences need, so that no covariance has to be kept.
         sizes: number of samples in each group.
+        corrected: whether the bias is removed from ``value``; else it is ``plain`` (statistics whose very
+            definition depends on the number of samples).
     """
 
     value: float
     se: float
     plain: float
     n: int
-    dim: int
+    dim: int | None
     leave_one_out: tuple[float, ...]
     sizes: tuple[int, ...]
+    corrected: bool = True
+
+    def scaled(self, factor: float) -> FrechetEstimate:
+        """The same in other units."""
+        leave_one_out = tuple(factor * v for v in self.leave_one_out)
+        scaled = {name: factor * getattr(self, name) for name in ("value", "se", "plain")}
+        return replace(self, leave_one_out=leave_one_out, **scaled)
 
     @property
     def reliable(self) -> bool:
         """Whether n/d is at least ``RELIABLE_RATIO``; below, the interval may be too narrow."""
-        return self.n >= RELIABLE_RATIO * self.dim
+        return self.dim is None or self.n >= RELIABLE_RATIO * self.dim
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, for JSON; ``from_dict`` reads them back."""
@@ -121,14 +130,45 @@ class FrechetEstimate:
             "reliable": self.reliable,
             "leave_one_out": list(self.leave_one_out),
             "sizes": list(self.sizes),
+            "corrected": self.corrected,
         }
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> FrechetEstimate:
         """The inverse of ``to_dict``."""
-        return cls(
-            d["value"], d["se"], d["plain"], d["n"], d["dim"], tuple(d["leave_one_out"]), tuple(d["sizes"])
-        )
+        fields = {name: d[name] for name in ("value", "se", "plain", "n", "dim", "corrected")}
+        return cls(leave_one_out=tuple(d["leave_one_out"]), sizes=tuple(d["sizes"]), **fields)
+
+    @classmethod
+    def jackknifed(
+        cls,
+        plain: float,
+        leave_one_out: Tensor,
+        sizes: Tensor,
+        *,
+        dim: int | None = None,
+        corrected: bool = True,
+    ) -> FrechetEstimate:
+        """The estimate from the whole statistic and those without each group.
+
+        Args:
+            plain: of all samples.
+            leave_one_out: ``[G]``, without each group.
+            sizes: ``[G]``, the groups' sizes.
+            dim, corrected: as the attributes.
+
+        Raises:
+            ValueError: if a group is empty.
+        """
+        if bool((sizes == 0).any()):
+            raise ValueError(
+                f"sample: a jackknife group is empty; at least one sample in each of {len(sizes)} is needed "
+                "(give consecutive indices)"
+            )
+        value, se = jackknife(plain, leave_one_out.double(), sizes)
+        n = int(sizes.sum())
+        everything = tuple(leave_one_out.tolist()), tuple(sizes.tolist())
+        return cls(value if corrected else plain, se, plain, n, dim, *everything, corrected)
 
 
 @dataclass(frozen=True)
@@ -165,19 +205,15 @@ def estimate(sample: GroupedMoments, reference: FrechetReference | Gaussian) -> 
             f"sample: {n} samples are too few for a Fréchet distance in {d} dimensions; at least "
             f"{minimum_samples(d)} are needed, {RELIABLE_RATIO * d} for a reliable interval"
         )
-    sizes = sample.counts
-    if bool((sizes == 0).any()):
-        raise ValueError(
-            f"sample: a jackknife group is empty; at least one sample in each of {len(sizes)} is needed"
-        )
     plain = reference.distance(sample.gaussian())
-    leave_one_out = tuple(reference.distance(sample.gaussian(without=g)) for g in range(sample.groups))
-    value, se = jackknife(plain, torch.tensor(leave_one_out, dtype=torch.float64), sizes)
-    return FrechetEstimate(value, se, plain, n, d, leave_one_out, tuple(sizes.tolist()))
+    leave_one_out = [reference.distance(sample.gaussian(without=g)) for g in range(sample.groups)]
+    return FrechetEstimate.jackknifed(
+        plain, torch.tensor(leave_one_out, dtype=torch.float64), sample.counts, dim=d
+    )
 
 
 def paired_difference(a: FrechetEstimate, b: FrechetEstimate) -> Difference:
-    """FD(a) - FD(b) for two samples made from the same noise and measured against the same reference.
+    """The statistic of a less that of b, for two samples from the same noise, measured against one reference.
 
     Both lose the same group at a time, so that what they share cancels: the standard error is that of the
     difference (several times smaller than for independent samples).
@@ -193,7 +229,8 @@ def paired_difference(a: FrechetEstimate, b: FrechetEstimate) -> Difference:
     delta = torch.tensor(a.leave_one_out, dtype=torch.float64) - torch.tensor(
         b.leave_one_out, dtype=torch.float64
     )
-    return Difference(*jackknife(a.plain - b.plain, delta, torch.tensor(a.sizes)))
+    value, se = jackknife(a.plain - b.plain, delta, torch.tensor(a.sizes))
+    return Difference(value if a.corrected else a.plain - b.plain, se)
 
 
 def average(differences: Sequence[Difference]) -> Difference:

@@ -7,13 +7,15 @@ at d = 64). Sums of different machines or chunks are merged by addition.
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["GROUPS", "Gaussian", "GroupedMoments"]
+__all__ = ["GROUPS", "Gaussian", "GroupSums", "GroupedMoments", "Rows", "read_sealed", "write_sealed"]
 
 GROUPS = 20
 """Number of jackknife groups: the interval's t quantile is within 7% of the normal one."""
@@ -100,21 +102,18 @@ class GroupedMoments:
         """
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features: shape [B, {self.dim}] is needed, got {tuple(features.shape)}")
-        i = torch.as_tensor(index, dtype=torch.int64)
-        if i.shape != features.shape[:1]:
-            raise ValueError(
-                f"index: one integer for each of {len(features)} rows is needed, got {tuple(i.shape)}"
-            )
+        i = _checked_index(features, index)
         x = features.detach().to(self.sums.device, torch.float64)
-        finite = torch.isfinite(x).all(dim=1).cpu()
-        if not finite.all():
-            raise ValueError(f"features: non-finite values, first at sample index {int(i[~finite][0])}")
         group = i % self.groups
         for g in group.unique().tolist():
             members = x[(group == g).to(x.device)]
             self.counts[g] += len(members)
             self.sums[g] += members.sum(0)
             self.outer[g].addmm_(members.T, members)
+
+    def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Replace each partial sum by ``total`` of it: the sum over the processes of a launched run, say."""
+        self.counts, self.sums, self.outer = map(total, (self.counts, self.sums, self.outer))
 
     def merge(self, other: GroupedMoments) -> GroupedMoments:
         """Add the sums of another part of the same set (disjoint indices); returns self."""
@@ -148,12 +147,11 @@ class GroupedMoments:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the sums as safetensors, atomically; ``load`` gives the same bits back."""
-        from safetensors.torch import save
-
-        from fastsample.plan import write_atomically
-
-        tensors = {"counts": self.counts, "sums": self.sums.cpu(), "outer": self.outer.cpu()}
-        write_atomically(path, save(tensors, metadata={"schema": _SCHEMA}))
+        write_sealed(
+            path,
+            _SCHEMA,
+            {"counts": self.counts, "sums": self.sums.cpu(), "outer": self.outer.cpu()},
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GroupedMoments:
@@ -162,15 +160,124 @@ class GroupedMoments:
         Raises:
             ValueError: if the file is not one of these.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                if (file.metadata() or {}).get("schema") != _SCHEMA:
-                    raise ValueError(f"path: {path} does not hold moments ({_SCHEMA})")
-                counts, sums, outer = (file.get_tensor(k) for k in ("counts", "sums", "outer"))
-        except SafetensorError as error:
-            raise ValueError(f"path: {path} is not a readable safetensors file ({error})") from error
-        self = cls(sums.shape[1], sums.shape[0])
-        self.counts, self.sums, self.outer = counts, sums, outer
+        tensors = read_sealed(path, _SCHEMA)
+        self = cls(tensors["sums"].shape[1], tensors["sums"].shape[0])
+        self.counts, self.sums, self.outer = (tensors[k] for k in ("counts", "sums", "outer"))
         return self
+
+
+class GroupSums:
+    """Sums of per-sample values in groups: all that a function of means needs, in constant memory.
+
+    Args:
+        width: number w of values of a sample.
+        groups: number of groups G; sample i belongs to group ``i mod groups``.
+    """
+
+    def __init__(self, width: int, groups: int = GROUPS) -> None:
+        self.counts = torch.zeros(groups, dtype=torch.int64)
+        self.sums = torch.zeros(groups, width, dtype=torch.float64)
+
+    def update(self, values: Tensor, index: Tensor | range) -> None:
+        """Add a batch.
+
+        Args:
+            values: ``[B, w]``.
+            index: the samples' global indices, ``[B]`` integers.
+
+        Raises:
+            ValueError: on a wrong shape, or on non-finite values (the first such sample is named).
+        """
+        group = _checked_index(values, index) % len(self.counts)
+        self.counts += torch.bincount(group, minlength=len(self.counts))
+        self.sums.index_add_(0, group, values.detach().to("cpu", torch.float64))
+
+    def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
+        """As :meth:`GroupedMoments.reduce`."""
+        self.counts, self.sums = total(self.counts), total(self.sums)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Mean values ``[w]`` of all samples, and ``[G, w]`` of those without each group."""
+        n, sums = self.counts.sum(), self.sums.sum(0)
+        return sums / n, (sums - self.sums) / (n - self.counts)[:, None]
+
+
+class Rows:
+    """Values of the first n samples, kept as they are (float32), for statistics of pairs or ranks of samples.
+
+    Args:
+        n: number of samples kept; ``4 n w`` bytes.
+        width: number w of values of a sample.
+    """
+
+    def __init__(self, n: int, width: int) -> None:
+        self.values = torch.zeros(n, width)
+
+    def update(self, values: Tensor, index: Tensor | range) -> None:
+        """Keep what belongs to the first n samples of a batch.
+
+        Args:
+            values: ``[B, w]``.
+            index: the samples' global indices, ``[B]`` integers.
+
+        Raises:
+            ValueError: on a wrong shape, or on non-finite values (the first such sample is named).
+        """
+        i = _checked_index(values, index)
+        kept = i < len(self.values)
+        self.values[i[kept]] = values.detach().to("cpu", torch.float32)[kept]
+
+    def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
+        """As :meth:`GroupedMoments.reduce`; rows of other processes are zero here."""
+        self.values = total(self.values)
+
+
+def _checked_index(values: Tensor, index: Tensor | range) -> Tensor:
+    i = torch.as_tensor(index, dtype=torch.int64)
+    if i.shape != values.shape[:1]:
+        raise ValueError(f"index: one integer for each of {len(values)} rows is needed, got {tuple(i.shape)}")
+    finite = torch.isfinite(values).all(dim=1).cpu()
+    if not finite.all():
+        raise ValueError(f"features: non-finite values, first at sample index {int(i[~finite][0])}")
+    return i
+
+
+def write_sealed(path: str | os.PathLike[str], schema: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors with a digest of their content, atomically."""
+    from safetensors.torch import save
+
+    from fastsample.plan import write_atomically
+
+    ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(ready, metadata={"schema": schema, "sha256": _content_sha256(ready)}))
+
+
+def read_sealed(path: str | os.PathLike[str], schema: str) -> dict[str, Tensor]:
+    """Read what :func:`write_sealed` wrote.
+
+    Raises:
+        ValueError: if the file is not one of these, or its content was altered.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("schema") != schema:
+                raise ValueError(
+                    f"path: {path} does not hold {schema.split('.')[1].split('/')[0]} ({schema})"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"path: {path} is not a readable safetensors file ({error})") from error
+    if metadata.get("sha256") != _content_sha256(tensors):
+        raise ValueError(f"path: {path} was altered: its checksum does not match")
+    return tensors
+
+
+def _content_sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

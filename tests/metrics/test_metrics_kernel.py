@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsample.metrics import kernel_distance, paired_difference, sliced_wasserstein
+from fastsample.metrics import KernelReference, kernel_distance, paired_difference, sliced_wasserstein
 
 
 def draw(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -63,8 +63,8 @@ def test_intervals_cover_the_truth() -> None:
         return 1 + 3 * dot / d + 3 * second / d**2 + third / d**3
 
     truth = mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b)
-    reference = draw(4000, d, 10_000, delta)
-    found = [kernel_distance(draw(400, d, i), reference) for i in range(runs)]
+    reference = KernelReference(draw(4000, d, 10_000, delta))
+    found = [reference.distance(draw(400, d, i)) for i in range(runs)]
     values = np.array([f.value for f in found])
     errors = np.array([f.se for f in found])
     assert values.mean() == pytest.approx(truth, rel=0.1)  # the fixed reference set has an error of its own

@@ -73,6 +73,19 @@ def test_save_and_load_give_the_same_bits(features: torch.Tensor, tmp_path) -> N
         assert torch.equal(getattr(loaded, name), getattr(moments, name))
 
 
+def test_an_altered_byte_is_found(features: torch.Tensor, tmp_path) -> None:
+    """safetensors itself loads it without a word."""
+    moments = GroupedMoments(6)
+    moments.update(features, range(257))
+    file = tmp_path / "m.safetensors"
+    moments.save(file)
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="was altered: its checksum does not match"):
+        GroupedMoments.load(file)
+
+
 def test_load_refuses_other_files(tmp_path) -> None:
     from safetensors.torch import save_file
 
