@@ -559,8 +559,10 @@ def _dkdv_loop(
         if BIAS_GRAD == "per_key":
             db += tl.sum(ds, 1)
         elif BIAS_GRAD == "full":
-            j = j0 + tl.arange(0, BLOCK_N)[:, None]
-            tl.store(DBIAS + i[None, :].to(tl.int64) * Lk + j, ds, mask=(i[None, :] < Lq) & (j < Lk))
+            # One 64-bit address and 32-bit offsets: an address for each element takes registers.
+            row, column = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None]
+            tile = DBIAS + tl.cast(start, tl.int64) * Lk + j0
+            tl.store(tile + (row * Lk + column), ds, mask=(row < Lq - start) & (column < Lk - j0))
         ds = ds.to(q1.dtype)
         dk1 = _dot(ds, q1, dk1, PRECISION, UPCAST)
         if D2 > 0:

@@ -42,6 +42,9 @@ def fused(
     Returns:
         The new function and the pairs, or None where there is none or the source cannot be had.
     """
+    layers = 0
+    while hasattr(function, "__wrapped__"):
+        function, layers = function.__wrapped__, layers + 1
     if not isinstance(function, FunctionType) or function.__closure__:
         return None
     try:
@@ -49,7 +52,8 @@ def fused(
     except (OSError, SyntaxError):
         return None
     definition = tree.body[0]
-    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
+    # Decorators are applied anew; a layer that the source does not show would be lost.
+    if not isinstance(definition, ast.FunctionDef) or len(definition.decorator_list) != layers:
         return None
     rewriter = _Rewriter(wanted)
     definition.body = rewriter.block(definition.body)
@@ -64,8 +68,9 @@ def fused(
     names: dict[str, Any] = {}
     exec(compile(module, function.__code__.co_filename, "exec"), function.__globals__, names)
     made = names["make"](helper)
-    made.__qualname__, made.__kwdefaults__ = function.__qualname__, function.__kwdefaults__
-    made.__defaults__ = function.__defaults__
+    inner = inspect.unwrap(made)
+    inner.__defaults__, inner.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    inner.__qualname__ = made.__qualname__ = function.__qualname__
     return made, rewriter.pairs
 
 

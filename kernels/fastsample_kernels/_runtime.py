@@ -43,8 +43,7 @@ def why_not(*tensors: Tensor | None) -> str | None:
     """Why Triton cannot run on these tensors, or None when it can.
 
     Devices: CUDA of compute capability 8.0 or newer, and the CPU under Triton's interpreter. Data types:
-        float16,
-    bfloat16, float32; float64 under the interpreter only.
+    float16, bfloat16, float32; float64 under the interpreter only.
     """
     for tensor in tensors:
         if tensor is None:
@@ -185,6 +184,37 @@ def differentiable(
         return operator(*args)
 
     return call
+
+
+# -- autocast ------------------------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("fastsample_kernels", "FRAGMENT")
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's type, as PyTorch casts the arguments of its matrix products; as they are without."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def autocasts(operator: Any, count: int) -> None:
+    """Give an operator the autocast rule that casts its first ``count`` arguments, all tensors.
+
+    The other operators have the rule of an operator without one: their arithmetic is float32 whatever the tensors
+    are, and types stay. (``register_autocast`` casts all tensors, and to a fixed type.)
+    """
+    for device in ("CPU", "CUDA"):
+        key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+
+        def kernel(_: Any, *args: Any, key: Any = key) -> Any:
+            cast = autocast(*args[:count])
+            with torch._C._ExcludeDispatchKeyGuard(key):
+                return operator(*cast, *args[count:])
+
+        _LIBRARY.impl(operator._qualname.split("::")[1], kernel, f"Autocast{device}", with_keyset=True)
 
 
 # -- vmap ----------------------------------------------------------------------------------------------------

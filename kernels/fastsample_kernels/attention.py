@@ -113,7 +113,12 @@ _TILES_MMA: _Table = {
         (160, _T(128, 32, 8, 2)),
         (256, _T(64, 32, 8, 2)),
     ),
-    "tangent": ((64, _T(64, 32, 4, 2)), (128, _T(64, 32, 8, 2)), (256, _T(64, 16, 4, 2))),
+    "tangent": (
+        (64, _T(64, 32, 4, 2)),
+        (128, _T(64, 32, 8, 2)),
+        (160, _T(64, 16, 4, 2)),
+        (256, _T(32, 16, 8, 2)),
+    ),
     "dq": ((128, _T(64, 64, 8, 2)), (160, _T(64, 32, 8, 2)), (256, _T(64, 16, 8, 2))),
     "dkdv": (
         (64, _T(64, 128, 8, 2)),
@@ -130,11 +135,11 @@ _TILES_WGMMA: _Table = {
         (160, _T(128, 64, 8, 2)),
         (256, _T(128, 32, 8, 2)),
     ),
-    "tangent": ((96, _T(128, 64, 8, 2)), (160, _T(128, 32, 8, 2)), (256, _T(64, 16, 8, 2))),
-    "dq": ((64, _T(64, 128, 8, 2)), (160, _T(64, 64, 8, 2)), (256, _T(64, 32, 8, 2))),
+    "tangent": ((96, _T(128, 64, 8, 2)), (160, _T(128, 32, 8, 2)), (256, _T(32, 16, 8, 2))),
+    "dq": ((64, _T(64, 128, 8, 2)), (160, _T(64, 64, 8, 2)), (256, _T(64, 16, 8, 2))),
     "dkdv": ((80, _T(64, 128, 8, 2)), (128, _T(64, 64, 8, 2)), (256, _T(32, 64, 8, 2))),
 }
-# 10.x: accumulators in tensor memory, through which masks and biases must pass.
+# 10.x: accumulators in tensor memory (512 columns), through which masks and biases must pass.
 _TILES_TCGEN05: _Table = {
     **_TILES_WGMMA,
     "forward": (
@@ -143,14 +148,24 @@ _TILES_TCGEN05: _Table = {
         (160, _T(128, 64, 8, 2)),
         (256, _T(128, 32, 8, 2)),
     ),
+    "tangent": (
+        (128, _T(128, 32, 8, 2)),
+        (160, _T(64, 32, 8, 2)),
+        (256, _T(64, 16, 8, 2)),
+    ),
     "dq": ((64, _T(64, 128, 8, 2)), (160, _T(64, 64, 8, 2)), (256, _T(64, 32, 4, 2))),
 }
 # Any of them, with a bias for each query (on 10.x with any bias): its tile takes registers too.
 _TILES_BIASED: _Table = {
     "forward": ((96, _T(64, 32, 4, 2)), (256, _T(64, 16, 8, 2))),
-    "tangent": ((256, _T(64, 16, 4, 2)),),
+    "tangent": ((96, _T(64, 16, 4, 2)), (160, _T(32, 16, 8, 2)), (256, _T(16, 16, 8, 1))),
     "dq": ((128, _T(64, 32, 8, 2)), (256, _T(64, 16, 8, 2))),
-    "dkdv": ((64, _T(32, 64, 8, 2)), (96, _T(16, 64, 8, 2)), (256, _T(16, 64, 8, 1))),
+    "dkdv": (
+        (64, _T(32, 64, 8, 2)),
+        (96, _T(16, 64, 8, 2)),
+        (128, _T(16, 64, 8, 1)),
+        (256, _T(16, 16, 4, 1)),
+    ),
 }
 # Any of them, float32 with TF32 products.
 _TILES_TF32: _Table = {
@@ -193,7 +208,7 @@ def tiles(
         return chosen
     if key_length <= chosen.block_n:
         return replace(chosen, block_n=max(16, _power_of_two(key_length)), num_stages=1)
-    room = 80 if table is _TILES_MMA else 160
+    room = 80 if table is _TILES_MMA else 128
     if which == "forward" and element_size == 2 and plain and key_length <= 128 and width <= room:
         return _ONE_TILE
     return chosen
@@ -399,6 +414,7 @@ _call_forward = runtime.differentiable(_forward, _gradients, _save)
 _call_tangent = runtime.differentiable(_tangent)
 _call_backward = runtime.differentiable(_backward)
 
+runtime.autocasts(_forward, 3)
 # The mapped dimension of vmap becomes part of the batch.
 runtime.batched(_forward, "nnnn--")
 runtime.batched(_tangent, "nnnnnnnnn--")
@@ -484,10 +500,8 @@ def attention(
         ValueError: shapes or dtypes do not fit; the message says which.
         NotImplementedError: a second derivative through the kernels.
     """
+    q, k, v = runtime.autocast(q, k, v)  # before the kernels are chosen
     _check(q, k, v, bias)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if supported(q, k, v, bias) is not None:
         return _fallback(q, k, v, bias, is_causal, scale)
     if scale is None:
@@ -514,6 +528,7 @@ def _explain(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> str:
+    q, k, v = runtime.autocast(q, k, v)
     _check(q, k, v, bias)
     reason = supported(q, k, v, bias)
     if reason is not None:

@@ -2,12 +2,14 @@
 
 Only ``forward`` of single modules is replaced, on the instance: parameters, buffers, ``state_dict`` and the
 modules themselves stay. Where a kernel cannot take a call (a CPU tensor, hooks, a shape), the module's own code
-runs.
+runs. Attention is taken over only when asked for, by standing in for PyTorch's function while the forward of a
+module that calls it runs: whatever the module or its processor does around that call stays.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,9 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from . import _runtime as runtime
 from ._rewrite import fused
+from .attention import attention as fused_attention
+from .attention import supported as attention_supported
 from .dit import layer_norm, rms_norm
 from .dit import supported as rows_supported
 from .group_norm import group_norm, supported
@@ -58,7 +63,7 @@ class Report:
         return "\n".join(lines)
 
 
-def patch(model: nn.Module) -> Report:
+def patch(model: nn.Module, *, attention: bool = False) -> Report:
     """Put the kernels into a model, in place; :func:`unpatch` takes them out.
 
     GroupNorm, LayerNorm and RMSNorm modules run the kernels where these can take the call. GroupNorm followed
@@ -67,6 +72,9 @@ def patch(model: nn.Module) -> Report:
 
     Args:
         model: any module; already patched ones are patched anew.
+        attention: whether modules that call PyTorch's ``scaled_dot_product_attention``, themselves or by their
+            diffusers processor, run :func:`attention` in its place. Dropout and grouped queries stay with PyTorch.
+            Off unless asked for: which of the two is faster has not been measured.
 
     Returns:
         What was replaced and what not and why.
@@ -95,10 +103,22 @@ def patch(model: nn.Module) -> Report:
         if forward is not None:
             _set(module, forward)
             report.replaced[name or type(module).__name__] = forward.__name__.removeprefix("_")
-        elif hasattr(module, "processor") and hasattr(module, "to_q"):
-            report.kept[name] = "its attention processor chooses among PyTorch's kernels"
         elif _is_a_norm(module):
             report.kept[name] = f"{type(module).__name__} is no norm that the kernels know"
+    for name, module in model.named_modules():
+        own = vars(module).get("forward")
+        if own is not None and _MARK not in vars(module):
+            continue
+        if _attends(module) and attention:
+            _set(module, _attending(type(module).forward if own is None else own.__func__))
+            before = report.replaced.get(name or type(module).__name__)
+            report.replaced[name or type(module).__name__] = f"{before}, attention" if before else "attention"
+        elif _attends(module):
+            report.kept[name or type(module).__name__] = (
+                "attention is PyTorch's; patch(model, attention=True) puts ours in"
+            )
+        elif hasattr(module, "processor") and hasattr(module, "to_q"):
+            report.kept[name] = "its attention does not call PyTorch's scaled_dot_product_attention"
     return report
 
 
@@ -163,6 +183,66 @@ def _forward_of(module: nn.Module) -> Callable[..., Any] | None:
             shape = getattr(module, "normalized_shape", (0,))
             return forward if len(shape) == 1 else None
     return None
+
+
+# -- attention -----------------------------------------------------------------------------------------------
+
+_ATTENTION = {
+    "scaled_dot_product_attention",
+    "dispatch_attention_fn",
+}  # the second calls the first (diffusers)
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether the code of a module's forward, or of its processor, names PyTorch's attention."""
+    processor = getattr(module, "processor", None)
+    functions = [type(module).forward, *([] if processor is None else [type(processor).__call__])]
+    codes = (getattr(inspect.unwrap(function), "__code__", None) for function in functions)
+    return any(code is not None and not _ATTENTION.isdisjoint(code.co_names) for code in codes)
+
+
+def _kernel_or_pytorch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """PyTorch's attention, by the kernels where these can take the call."""
+    alike = query.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    if not _plain(query) and alike and dropout_p == 0:
+        q, k, v = runtime.autocast(query, key, value)
+        if q.dtype == k.dtype == v.dtype and attention_supported(q, k, v, attn_mask) is None:
+            return fused_attention(q, k, v, bias=attn_mask, is_causal=is_causal, scale=scale)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+class _Attention(TorchFunctionMode):
+    """While it is active, PyTorch's attention is :func:`_kernel_or_pytorch`."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            func = _kernel_or_pytorch
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _attending(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward during which :class:`_Attention` is active."""
+
+    @functools.wraps(forward)
+    def attending(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _Attention():
+            return forward(self, *args, **kwargs)
+
+    return attending
 
 
 # -- group norm and its activation ---------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 Triton reads TRITON_INTERPRET when a kernel is defined, and torch and torchvision may import Triton at any
 time, so the variable must be right from the start of the process. A file that needs another value than this
-process has becomes one test here that runs the file in a child; with the right value (``TRITON_INTERPRET=1
-pytest tests/kernels/test_kernels_update.py``) its tests are collected as usual.
+process has becomes two tests here, which run its slow tests and the others in a child; with the right value
+(``TRITON_INTERPRET=1 pytest tests/kernels/test_kernels_update.py``) its tests are collected as usual.
 """
 
 import os
@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# What the benchmarks compile ahead of time is what the tests read.
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 # Files about compiled kernels or about plain torch; every other file is about interpreted kernels.
 NOT_INTERPRETED = ("test_kernels_aot", "test_kernels_plumbing", "test_kernels_patch")
@@ -24,10 +27,14 @@ def interpret(path: Path) -> str:
 
 
 class InChild(pytest.Item):
+    """The slow tests of a file, or the others."""
+
     def runtest(self) -> None:
-        options = self.config.option
+        which = "slow" if self.get_closest_marker("slow") else "not slow"
+        expression = self.config.option.markexpr
+        which = f"({expression}) and {which}" if expression else which
         command = [sys.executable, "-m", "pytest", str(self.path), "-p", "no:cacheprovider", "--color=no"]
-        command += ["-m", options.markexpr] if options.markexpr else []
+        command += ["-m", which]
         environment = {**os.environ, "TRITON_INTERPRET": interpret(self.path)}
         environment.pop("PYTEST_XDIST_WORKER", None)
         done = subprocess.run(
@@ -47,7 +54,11 @@ class InChild(pytest.Item):
 
 class ChildFile(pytest.File):
     def collect(self):
-        yield InChild.from_parent(self, name=f"TRITON_INTERPRET={interpret(self.path)}")
+        name = f"TRITON_INTERPRET={interpret(self.path)}"
+        yield InChild.from_parent(self, name=name)
+        slow = InChild.from_parent(self, name=f"{name}, slow")
+        slow.add_marker(pytest.mark.slow)
+        yield slow
 
 
 def pytest_pycollect_makemodule(module_path, parent):
@@ -78,13 +89,19 @@ def interpreter_rounds_to_nearest():
         yield
 
 
-# Files that are quick enough for every run; the others, of interpreted and ahead-of-time compiled kernels, take
-# minutes: ``make slow``.
-QUICK = ("test_kernels_patch", "test_kernels_fused_models")
+# Files and tests (``@pytest.mark.quick``) that run every time, each kernel family in each of its modes among them;
+# the others, of interpreted and ahead-of-time compiled kernels, take minutes: ``make slow``.
+QUICK = ("test_kernels_patch", "test_kernels_fused_models", "test_kernels_plumbing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: a test of a slow file of tests/kernels that runs every time")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
-        if here in item.path.parents and not item.path.name.startswith(QUICK):
+        if here not in item.path.parents or isinstance(item, InChild):
+            continue
+        if not item.path.name.startswith(QUICK) and item.get_closest_marker("quick") is None:
             item.add_marker(pytest.mark.slow)

@@ -142,11 +142,21 @@ CASES: dict[str, Callable[[], Case]] = {
 FUSED = {
     "UNet2DModel": 17,  # two a residual block, and the last one
     "UNet2DModel, scale-shift": 17,
-    "UNet2DConditionModel": 16,  # its own forward is decorated: the last one is left
+    "UNet2DConditionModel": 17,  # the last one in a forward that is decorated
     "AutoencoderKL": 22,
     "DiT": 0,
     "SD3": 0,
     "Flux": 0,
+}
+# modules that call PyTorch's attention
+ATTENDING = {
+    "UNet2DModel": 4,
+    "UNet2DModel, scale-shift": 4,
+    "UNet2DConditionModel": 8,  # self and cross
+    "AutoencoderKL": 2,
+    "DiT": 2,
+    "SD3": 1,
+    "Flux": 2,
 }
 
 

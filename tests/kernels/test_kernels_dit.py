@@ -98,7 +98,9 @@ def fused_residual(norm):
     return lambda **t: dit.gated_residual_norm(**t, norm=norm)
 
 
-@pytest.mark.parametrize("case", range(24))
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.quick) if case < 4 else case for case in range(24)]
+)
 def test_fuzz_norms(case):
     rng = random.Random(case)
     batch, length, dim = rng.choice([1, 2]), rng.choice([1, 5, 23]), rng.choice([7, 16, 40, 72])
@@ -148,6 +150,7 @@ def test_types_of_parameters_may_differ():
     assert (got.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("mean", [0.0, 300.0, 1e4])
 def test_large_mean(mean):
     x = normal(1, 3, 40, dtype=torch.float32) + mean
@@ -189,7 +192,9 @@ def angles(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return theta.cos().to(dtype), theta.sin().to(dtype)
 
 
-@pytest.mark.parametrize("case", range(16))
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.quick) if case < 4 else case for case in range(16)]
+)
 def test_fuzz_norm_rope(case):
     rng = random.Random(case)
     batch, heads, length, dim = 2, rng.choice([1, 3]), rng.choice([1, 5, 70]), rng.choice([2, 6, 16, 40])
@@ -237,6 +242,7 @@ def test_queries_and_keys_keep_their_layout():
 # -- gated linear units --------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
 def test_gated_linear_units(activation, dtype):
@@ -295,6 +301,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [normal(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(CALLS[name][2])]
 
 
+@pytest.mark.quick
 @each
 def test_gradcheck(name):
     leaves = [t.requires_grad_() for t in arguments(name)]
@@ -392,6 +399,7 @@ def test_second_derivatives_are_refused(name):
         torch.autograd.grad(first.sum(), leaves[0])
 
 
+@pytest.mark.quick
 @each
 def test_cpu_tensors_go_through_the_kernels(name, launched):
     run(lambda **t: CALLS[name][0](*t.values()), {str(i): t for i, t in enumerate(arguments(name))})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import models
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastsample_kernels as fk
@@ -33,6 +34,84 @@ def test_outputs_and_gradients_agree(name: str, monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
     assert runs.count("group_norm+silu") == models.FUSED[name]
     assert len(runs) >= len(report.replaced)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("UNet2DConditionModel", "Flux") else pytest.mark.slow)
+        for name in models.CASES
+    ],
+)
+def test_attention_on_request(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, call = models.CASES[name]()
+    before, gradients = models.gradients(model, call)
+    report = fk.patch(model, attention=True)
+    modules = sum(what.endswith("attention") for what in report.replaced.values())
+    assert modules == models.ATTENDING[name]
+    original, shapes = patching.fused_attention, []
+
+    def counting(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        assert "Triton" in fk.explain("attention", q, k, v, **options)
+        shapes.append(q.shape)
+        return original(q, k, v, **options)
+
+    monkeypatch.setattr(patching, "fused_attention", counting)
+    after, again = models.gradients(model, call)
+    assert len(shapes) == modules
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    for a, b in zip(gradients, again, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
+    fk.unpatch(model)
+    assert torch.equal(call(model), before)
+    assert len(shapes) == modules
+
+
+class Attending(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({}, True),
+        ({"is_causal": True, "scale": 0.3}, True),
+        ({"attn_mask": torch.ones(3, 4, dtype=torch.bool).tril()}, True),
+        ({"attn_mask": torch.linspace(-1, 1, 4)[None]}, True),
+        ({"dropout_p": 0.5}, False),
+        ({"enable_gqa": True}, False),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_do_not_take_is_pytorchs(options, taken, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, 8, generator=generator) for n in (3, 4, 4))
+    if options.get("enable_gqa"):
+        k, v = k[:, :1], v[:, :1]
+    module = Attending()
+    torch.manual_seed(1)
+    wanted = module(q, k, v, **options)
+    assert fk.patch(module, attention=True).replaced == {"Attending": "attention"}
+    runs: list[Tensor] = []
+    original = patching.fused_attention
+    monkeypatch.setattr(
+        patching, "fused_attention", lambda *args, **kw: runs.append(args) or original(*args, **kw)
+    )
+    torch.manual_seed(1)
+    torch.testing.assert_close(module(q, k, v, **options), wanted)
+    assert bool(runs) == taken
+
+
+def test_a_module_that_attends_compiles_whole_and_in_autocast() -> None:
+    q = torch.randn(1, 2, 3, 8, generator=torch.Generator().manual_seed(0))
+    module = Attending()
+    wanted = module(q, q, q)
+    fk.patch(module, attention=True)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, q, q), wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(q, q.half(), q).dtype == torch.bfloat16
 
 
 def test_a_modulation_that_is_not_per_channel_runs_the_modules() -> None:

@@ -96,7 +96,9 @@ def strided(x: Tensor, layout: str) -> Tensor:
 LAYOUTS = ("contiguous", "channels_last", "channel_slice", "channels_last_slice", "reversed", "offset")
 
 
-@pytest.mark.parametrize("case", range(24))
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.quick) if case % 5 == 0 else case for case in range(24)]
+)
 def test_fuzz_forward_and_backward(case, use_tiles):
     rng = random.Random(case)
     groups, width = rng.choice([1, 2, 3]), rng.choice([1, 2, 3, 5])
@@ -132,6 +134,7 @@ def test_fuzz_forward_and_backward(case, use_tiles):
         assert_close_enough(got, low, exact)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("mean", [0.0, 300.0, 1e4])
 @pytest.mark.parametrize("tiles", [fused(40), split(40)], ids=["fused", "split"])
 def test_large_mean(mean, tiles, use_tiles):
@@ -143,6 +146,7 @@ def test_large_mean(mean, tiles, use_tiles):
     assert error <= 2 * (reference(x, 2) - exact).abs().max() + 4 * 2**-24 * max(mean, 1)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("tiles", [fused(9), split(9)], ids=["fused", "split"])
 def test_zero_variance(tiles, use_tiles):
     use_tiles(tiles)
@@ -198,6 +202,7 @@ def test_every_output_is_written(layout, tiles, use_tiles, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(got[1], clean[1], strict=True))
 
 
+@pytest.mark.quick
 def test_cpu_tensors_go_through_the_kernels(launched):
     x = torch.randn(1, 4, 9, dtype=torch.float64, requires_grad=True)
     group_norm(x, 2).sum().backward()
@@ -205,6 +210,7 @@ def test_cpu_tensors_go_through_the_kernels(launched):
     assert "one launch" in explain(group_norm, x, 2)
 
 
+@pytest.mark.quick
 def test_large_groups_take_three_launches(launched, use_tiles):
     use_tiles(split(40))
     group_norm(torch.randn(1, 4, 40), 2)
@@ -254,6 +260,7 @@ def loss(f):
     return lambda *tensors: f(*tensors).sin().sum()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("tiles", [fused(5), split(5)], ids=["fused", "split"])
 def test_gradcheck_both_modes(tiles, use_tiles):
     use_tiles(tiles)
@@ -282,6 +289,7 @@ def test_forward_mode(layout, given, use_tiles):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.quick
 def test_forward_mode_in_low_precision(use_tiles):
     use_tiles(split(40))
     tensors = inputs((1, 4, 40), torch.bfloat16)

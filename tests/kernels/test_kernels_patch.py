@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import sys
 
@@ -25,12 +26,13 @@ def test_importing_is_cheap() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("attention", [False, True], ids=["norms", "norms and attention"])
 @pytest.mark.parametrize("name", models.CASES)
-def test_on_a_cpu_the_patched_model_is_the_same_to_the_bit(name: str) -> None:
+def test_on_a_cpu_the_patched_model_is_the_same_to_the_bit(name: str, attention: bool) -> None:
     model, call = models.CASES[name]()
     keys = list(model.state_dict())
     before, gradients = models.gradients(model, call)
-    report = fk.patch(model)
+    report = fk.patch(model, attention=attention)
     assert report.replaced
     assert report.runs_here is not None
     assert "CPU tensors run in plain torch" in str(report)
@@ -53,7 +55,35 @@ def test_every_norm_is_replaced_or_reported(name: str) -> None:
     assert len(alone) + with_activation == len(norms)
     assert with_activation == models.FUSED[name]
     attention = {n for n, m in model.named_modules() if hasattr(m, "processor") and hasattr(m, "to_q")}
+    assert len(attention) == models.ATTENDING[name]
     assert attention <= set(report.kept)
+    assert "patch(model, attention=True) puts ours in" in str(report)
+    report = fk.patch(model, attention=True)
+    assert {n for n, what in report.replaced.items() if what == "attention"} == attention
+    assert attention.isdisjoint(report.kept)
+
+
+def test_attention_that_is_not_pytorchs_stays() -> None:
+    from diffusers.models.attention_processor import Attention, AttnProcessor
+
+    report = fk.patch(nn.Sequential(Attention(8, heads=2, processor=AttnProcessor())), attention=True)
+    assert report.kept == {"0": "its attention does not call PyTorch's scaled_dot_product_attention"}
+
+
+def test_a_block_with_a_pair_and_attention_gets_both() -> None:
+    class Both(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x)
+            h = self.act(h)
+            return F.scaled_dot_product_attention(h, h, h)
+
+    block = Both()
+    wanted = block(X)
+    report = fk.patch(block, attention=True)
+    assert report.replaced == {"Both": "1 group_norm + silu, attention"}
+    assert torch.equal(block(X), wanted)
+    fk.unpatch(block)
+    assert "forward" not in vars(block)
 
 
 def test_a_copy_has_its_own_weights_and_patching_twice_is_patching_once() -> None:
@@ -158,6 +188,33 @@ class AfterBranches(Block):
         return x
 
 
+def twice(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return 2 * function(*args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(Block):
+    @twice
+    @torch.no_grad()
+    def forward(self, x: Tensor, *, scale: float = 3.0) -> Tensor:
+        x = self.norm(x * scale)
+        x = self.act(x)
+        return x
+
+
+class DecoratedElsewhere(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        x = self.act(x)
+        return x
+
+
+DecoratedElsewhere.forward = twice(DecoratedElsewhere.forward)
+
+
 class UsedBetween(Block):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -195,6 +252,8 @@ FORWARDS = [
     (Functional, [(), (2.0,)], 1),
     (Modulated, [(S, 2 * S)], 1),
     (AfterBranches, [(0,), (1,), (2,), (3,), (4,)], 2),
+    (Decorated, [()], 1),
+    (DecoratedElsewhere, [()], 0),
     (UsedBetween, [()], 0),
     (AnotherName, [()], 0),
     (AnotherActivation, [()], 0),

@@ -30,7 +30,9 @@ def coefficients(terms: int) -> list[float]:
     return [(-1) ** j * (0.4 + 0.3 * j) for j in range(terms)]
 
 
-@pytest.mark.parametrize("case", range(16))
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.quick) if case < 4 else case for case in range(16)]
+)
 def test_fuzz(case):
     rng = random.Random(case)
     terms = 1 + case % module.MAX_TERMS
@@ -97,6 +99,7 @@ def test_words_are_those_of_the_library(seed, stream, sample):
     assert torch.equal(torch.stack(module.philox(seed, block, stream, index)), wanted)
 
 
+@pytest.mark.quick
 def test_words_are_philox():
     # Known answers of Philox4x32-10 from Random123 (Salmon et al. 2011).
     counter = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
@@ -106,6 +109,7 @@ def test_words_are_philox():
     assert [int(w) for w in got] == answer
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("shape", [(3, 4097), (2, 3, 5), (1, 2)])
 def test_normals_are_those_of_the_library(shape):
     index = torch.tensor([7, 2**33 + 1, 0])[: shape[0]]
@@ -169,6 +173,7 @@ def plain(*tensors: Tensor) -> tuple[Tensor, Tensor]:
     return reference(xs, coefficients(len(xs)), output=output, null=null, state=1, **NUMBERS)
 
 
+@pytest.mark.quick
 def test_gradcheck_both_modes_and_second_order():
     leaves = [t.requires_grad_() for t in arguments((2, 3))]
     assert torch.autograd.gradcheck(linear, leaves, fast_mode=True, check_forward_ad=True)
@@ -184,6 +189,7 @@ def test_gradients_come_in_the_types_of_the_inputs():
         assert [g.dtype for g in gradients] == [t.dtype for t in leaves]
 
 
+@pytest.mark.quick
 def test_noise_has_no_tangent():
     xs = arguments((2, 5))[:2]
     noise = Noise(0.5, 1, 2, torch.arange(2))
