@@ -165,6 +165,8 @@ class Denoiser:
         conditions: conditions that every call has (a call's own ones override them).
         sample_shape: the shape of one sample, where the model knows it.
         source: where it came from, for the record: an embedded model's name, or the settings that make it.
+        encode: for text-to-image models, ``encode(prompts) -> conditions`` with a row for each prompt.
+        decode: for latent models, ``decode(samples) -> images`` in [-1, 1].
     """
 
     net: Callable[..., Any]
@@ -177,6 +179,8 @@ class Denoiser:
     conditions: Mapping[str, Any] = field(default_factory=dict)
     sample_shape: tuple[int, ...] | None = None
     source: Any = None
+    encode: Callable[[list[str]], Mapping[str, Any]] | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
 
     def replace(self, **changes: Any) -> Denoiser:
         """A copy with other settings."""
@@ -330,6 +334,8 @@ def wrap(
     dtype: torch.dtype | None = None,
     conditions: Mapping[str, Any] | None = None,
     sample_shape: tuple[int, ...] | None = None,
+    encode: Callable[[list[str]], Mapping[str, Any]] | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Denoiser:
     """Give a network its meaning.
 
@@ -348,6 +354,10 @@ def wrap(
         dtype: the network's precision; by default that of its parameters. The state stays float32 or wider.
         conditions: conditions common to all calls.
         sample_shape: the shape of one sample, so that ``sampler(n=16)`` works.
+        encode: for text-to-image models, ``encode(prompts) -> conditions`` with a row for each prompt; the
+            harness asks for it.
+        decode: for latent models, ``decode(samples) -> images`` in [-1, 1]; samplers leave samples as they are, the
+            harness measures images.
 
     Raises:
         TypeError, ValueError: an argument that cannot be used; the message names it.
@@ -363,6 +373,8 @@ def wrap(
             "sample_shape": sample_shape,
             "quantize": quantize or None,
             "time_input": None if time_input == "t" else time_input,
+            "encode": encode,
+            "decode": decode,
         }
         return denoiser_of(net, **{k: v for k, v in given.items() if v is not None})
     if not callable(net):
@@ -394,4 +406,6 @@ def wrap(
         dtype=dtype,
         conditions=dict(conditions or {}),
         sample_shape=None if sample_shape is None else tuple(sample_shape),
+        encode=encode,
+        decode=decode,
     )

@@ -18,10 +18,11 @@ class Change:
     Attributes:
         label, nfe: the solver and its evaluations.
         metric, split: the distance and the images that it is to.
-        before, after: the distances.
+        before, after: the metric's values.
         difference: ``after - before``, paired sample by sample.
         rmse: the error in both runs, None where there is none.
         speedup: seconds a sample before over those after (no part of the verdict: machines differ).
+        sign: 1 for distances, -1 where more is better.
     """
 
     label: str
@@ -33,13 +34,14 @@ class Change:
     difference: Difference
     rmse: tuple[float | None, float | None]
     speedup: float
+    sign: int
 
     @property
     def verdict(self) -> str:
         """ "better" or "worse" beyond two standard errors, else "same"."""
         if not self.difference.significant:
             return "same"
-        return "worse" if self.difference.value > 0 else "better"
+        return "worse" if self.sign * self.difference.value > 0 else "better"
 
 
 def changes(a: Results, b: Results) -> list[Change]:
@@ -57,33 +59,33 @@ def changes(a: Results, b: Results) -> list[Change]:
         if first != second:
             raise UserError(f"the runs cannot be compared: their {what} differ ({first} and {second})")
     if not a.metrics:
-        raise UserError("the runs have no distance to compare; run the benchmarks with metrics=")
+        raise UserError("the runs have no metric to compare; run the benchmarks with metrics=")
     before = {(p.label, p.nfe): p for p in a.points}
     found = []
     for point in b.points:
         old = before.get((point.label, point.nfe))
         if old is None:
             continue
-        for metric in a.metrics:
-            for split in a.splits:
-                difference = paired(point, old, metric, split)
-                if difference is None:
-                    raise UserError(
-                        f"{point.label} at {point.nfe:g}: the runs share no seed; run both with one"
-                    )
-                found.append(
-                    Change(
-                        point.label,
-                        point.nfe,
-                        metric,
-                        split,
-                        old.distance(metric, split).value,
-                        point.distance(metric, split).value,
-                        difference,
-                        (old.mean("rmse"), point.mean("rmse")),
-                        old.seconds_per_sample / point.seconds_per_sample,
-                    )
+        for metric, split in a.pairs:
+            if not (old.measured(metric, split) and point.measured(metric, split)):
+                continue
+            difference = paired(point, old, metric, split)
+            if difference is None:
+                raise UserError(f"{point.label} at {point.nfe:g}: the runs share no seed; run both with one")
+            found.append(
+                Change(
+                    point.label,
+                    point.nfe,
+                    metric,
+                    split,
+                    old.distance(metric, split).value,
+                    point.distance(metric, split).value,
+                    difference,
+                    (old.mean("rmse"), point.mean("rmse")),
+                    old.seconds_per_sample / point.seconds_per_sample,
+                    a.sign(metric),
                 )
+            )
     if not found:
         raise UserError("the runs share no solver at the same number of evaluations")
     return found
@@ -99,7 +101,7 @@ def compare(a: Path, b: Path) -> tuple[str, bool]:
 
     all_changes = changes(collect(a), collect(b))
     header = (
-        f"{'solver':<24} {'NFE':>4} {'distance':<24} {'before':>9} {'after':>9}  {'difference':<18} verdict"
+        f"{'solver':<24} {'NFE':>4} {'metric':<24} {'before':>9} {'after':>9}  {'difference':<18} verdict"
     )
     lines = [header]
     for c in all_changes:

@@ -1,4 +1,4 @@
-"""What sampling costs beside time: floating-point operations of the network, memory."""
+"""What sampling costs beside time: floating-point operations of the network, memory, energy."""
 
 from __future__ import annotations
 
@@ -40,3 +40,39 @@ class PeakMemory:
     def bytes(self) -> int | None:
         """So far."""
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
+
+
+class EnergyMeter:
+    """The energy counter of an NVIDIA GPU, by NVML: all that the whole device uses, idle power and others included.
+
+    Attributes:
+        why: why there is none, None where there is one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.why: str | None = None
+        self._handle: Any = None
+        if device.type != "cuda":
+            self.why = f"NVML measures NVIDIA GPUs, not {device.type}"
+            return
+        try:
+            import pynvml
+        except ImportError:
+            self.why = "nvidia-ml-py is not installed: pip install 'fastsample[energy]'"
+            return
+        self._nvml: Any = pynvml
+        try:
+            pynvml.nvmlInit()
+            uuid = torch.cuda.get_device_properties(device).uuid  # NVML's order is not that of CUDA
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        except pynvml.NVMLError as error:
+            self.why = f"NVML does not count this device's energy ({error})"
+            return
+        self._handle = handle
+
+    def joules(self) -> float | None:
+        """So far, since the driver was loaded; None where there is no counter."""
+        if self._handle is None:
+            return None
+        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Model:
         shape: (C, H, W) of one sample.
         classes: number of classes; None for models without labels.
         identity: what distinguishes it from other models, as JSON values.
+        image_shape: (C, H, W) of one image: of a decoded sample for latent models.
     """
 
     name: str
@@ -40,6 +41,12 @@ class Model:
     shape: tuple[int, ...]
     classes: int | None
     identity: dict[str, Any]
+    image_shape: tuple[int, ...]
+
+    def images(self, samples: Tensor) -> Tensor:
+        """Images in [-1, 1] of samples."""
+        decode = self.denoiser.decode
+        return samples if decode is None else decode(samples)
 
 
 def load_model(
@@ -106,12 +113,20 @@ def load_model(
         denoiser.net.to(device).eval()
     denoiser = denoiser.replace(source=described)
     if guidance != 1:
+        if not null and denoiser.guidance is None and denoiser.encode is not None:
+            null = {"null": denoiser.encode([""])}  # away from the empty prompt
         denoiser = denoiser.guided(guidance, **null)
     full = tuple(shape) if shape is not None else denoiser.sample_shape
     if full is None:
         raise ValueError(f"shape: model={name} does not say the shape of a sample; give shape=[3,32,32], say")
-    if len(full) != 3 or full[0] not in (1, 3):
-        raise ValueError(f"shape={list(full)}: images with 1 or 3 channels, [C, H, W], are needed")
+    image_shape = full
+    if denoiser.decode is not None:
+        image_shape = tuple(denoiser.decode(torch.zeros(1, *full, device=device)).shape[1:])
+    if len(image_shape) != 3 or image_shape[0] not in (1, 3):
+        raise ValueError(
+            f"shape={list(image_shape)}: images with 1 or 3 channels, [C, H, W], are needed; a latent model says how "
+            "samples become images: fs.wrap(..., decode=function)"
+        )
     identity = {
         "model": described,
         "weights": _weights_sha256(denoiser.net),
@@ -119,7 +134,7 @@ def load_model(
         "prediction": denoiser.prediction,
         "guidance": guidance,
     }
-    return Model(name, denoiser, full, classes, identity)
+    return Model(name, denoiser, full, classes, identity, image_shape)
 
 
 def student_folder(model: Any) -> bool:
@@ -176,8 +191,12 @@ def draw_labels(labels: Any, classes: int | None, seed: int, index: Tensor) -> T
     return torch.tensor(choices, device=index.device)[index % len(choices)]
 
 
-def check_conditions(model: Model, labels: Tensor | None) -> None:
+def check_conditions(model: Model, given: Collection[str]) -> None:
     """Check that guidance has the conditions that it replaces.
+
+    Args:
+        model: the model.
+        given: names of the conditions that samples get.
 
     Raises:
         ValueError: if one of them is neither the denoiser's own nor drawn.
@@ -186,10 +205,10 @@ def check_conditions(model: Model, labels: Tensor | None) -> None:
     if guidance is None or guidance.scale == 1:
         return
     for key in guidance.null:
-        if key not in model.denoiser.conditions and (key != "labels" or labels is None):
+        if key not in model.denoiser.conditions and key not in given:
             raise ValueError(
                 f"guidance={guidance.scale:g} needs the condition {key!r}, which the samples do not have; "
-                "use guidance=1, or labels=auto (and classes= for your own model)"
+                "use guidance=1, or labels=auto (and classes= for your own model), or prompts=FILE"
             )
 
 
@@ -249,7 +268,7 @@ def check_names(solver: Any, grid: str | None) -> None:
         ValueError: if one of them is unknown (the nearest name is given).
     """
     from fastsample import grids, solvers
-    from fastsample.bench import peers
+    from fastsample.bench import kdiffusion, peers
 
     solver_label(solver)
     files = plan_files(solver)
@@ -268,11 +287,14 @@ def check_names(solver: Any, grid: str | None) -> None:
         return
     name = solver if isinstance(solver, str) else solver["name"]
     known = sorted({"auto", *solvers.names()})
-    if name.startswith(peers.PREFIX):
-        peers.scheduler_class(name)
+    if name.startswith((peers.PREFIX, kdiffusion.PREFIX)):
+        if name.startswith(peers.PREFIX):
+            peers.scheduler_class(name)
+        else:
+            kdiffusion.function(name)
         if grid is not None:
             raise ValueError(
-                f"solver={name}: diffusers' schedulers have grids of their own; use grids=[null]"
+                f"solver={name}: other libraries' samplers have grids of their own; use grids=[null]"
             )
     elif name not in known:
         raise unknown("solver", name, known)
@@ -295,7 +317,7 @@ def make_sampler(denoiser: Denoiser, solver: Any, steps: int, grid: str | None, 
         return Sampler(denoiser, plan=files[0])
     if isinstance(solver, Mapping) and "student" in solver:
         return student_sampler(denoiser, solver["student"], steps)
-    from fastsample.bench import peers
+    from fastsample.bench import kdiffusion, peers
 
     options = {} if isinstance(solver, str) else dict(solver)
     options.pop("label", None)
@@ -306,6 +328,8 @@ def make_sampler(denoiser: Denoiser, solver: Any, steps: int, grid: str | None, 
     name = solver if isinstance(solver, str) else options.pop("name")
     if name.startswith(peers.PREFIX):
         return peers.DiffusersSampler(denoiser, name, steps, options)
+    if name.startswith(kdiffusion.PREFIX):
+        return kdiffusion.KDiffusionSampler(denoiser, name, steps, options)
     for key in ("solver", "steps", "plan", "hooks"):
         if key in options:
             raise ValueError(f"solver={solver_label(solver)}: {key} is no option of a solver")

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastsample.bench.errors import UserError, checking
 from fastsample.bench.model import solver_label
-from fastsample.bench.results import collect, merge, summary, to_csv
+from fastsample.bench.results import collect, compared, merge, summary, to_csv
 from fastsample.metrics.frechet import RELIABLE_RATIO
 from fastsample.plan import write_atomically
 
@@ -61,13 +61,12 @@ def markdown(data: dict[str, Any]) -> str:
     title, details = headline_text(data)
     run = data["run"]
     budgets = sorted({row["nfe"] for row in data["points"]})
-    metric = run["metrics"][0] if run["metrics"] else None
-    split = next(iter(run["splits"]), None)
-    what = (
-        f"{metric} to the {split} images, +- two standard errors"
-        if metric
-        else "RMSE to the converged solution"
-    )
+    metric = next(iter(run["metrics"]), None)
+    split = run["metrics"][metric]["splits"][0] if metric else None
+    what = "RMSE to the converged solution"
+    if metric and split:
+        better = "higher" if run["metrics"][metric]["higher"] else "lower"
+        what = f"{compared(run, metric, split)}, +- two standard errors, {better} is better"
     lines = [f"## {title}", "", details, "", f"{what}, by counted evaluations:", ""]
     lines.append("| sampler | " + " | ".join(f"{b:g}" for b in budgets) + " |")
     lines.append("|---" * (len(budgets) + 1) + "|")
@@ -79,8 +78,9 @@ def markdown(data: dict[str, Any]) -> str:
                 cells.append("")
             elif metric is None:
                 cells.append(number(row["rmse"]))
+            elif (entry := row["metrics"][metric][split]) is None:
+                cells.append("–")
             else:
-                entry = row["metrics"][metric][split]
                 text = with_error(entry["value"], entry["se"])
                 cells.append(f"**{text}**" if entry["place"] == "best" else text)
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
@@ -111,14 +111,15 @@ def render(data: dict[str, Any], pictures: dict[str, list[str]]) -> str:
     run = data["run"]
     n = (data["points"] or [data["reference"]])[0]["n"]
     unreliable = any(
-        not entry["reliable"]
+        entry is not None and not entry["reliable"]
         for row in data["points"]
         for by in row["metrics"].values()
         for entry in by.values()
     )
     page = {
-        "metrics": run["metrics"],
-        "splits": list(run["splits"]),
+        "metrics": {
+            name: {k: about[k] for k in ("splits", "higher")} for name, about in run["metrics"].items()
+        },
         "baseline": run["config"]["baseline"],
         "points": [
             _for_page(row) | {"images": pictures.get(f"{row['label']}/{row['steps']}", [])}
@@ -164,13 +165,14 @@ def _for_page(row: dict[str, Any]) -> dict[str, Any]:
         "nfe",
         "rows_per_sample",
         "seconds_per_sample",
+        "joules_per_sample",
         "rmse",
         "rmse_median",
         "memorisation",
     )
     metrics = {
         metric: {
-            split: {key: entry.get(key) for key in ("value", "se", "plain", "place")}
+            split: entry and {key: entry.get(key) for key in ("value", "se", "plain", "place")}
             for split, entry in by.items()
         }
         for metric, by in row["metrics"].items()
@@ -190,7 +192,7 @@ def headline_text(data: dict[str, Any]) -> tuple[str, str]:
             f"{best['label']} comes closest to the converged solution",
             f"RMSE {number(best['rmse'])} at {number(best['nfe'])} evaluations; no distance was asked for.",
         )
-    where = f"{head['metric']} to the {head['split']} images"
+    where = head["where"]
     if head["kind"] == "no baseline":
         title = f"{len(data['points'])} settings measured"
         details = f"The baseline {head['baseline']} is not among the finished solvers."
@@ -199,7 +201,7 @@ def headline_text(data: dict[str, Any]) -> tuple[str, str]:
     if head["kind"] == "none":
         title = f"Nothing here matches {head['baseline']} at {head['baseline_nfe']:g} evaluations with fewer"
         details = (
-            f"{where}: {base} for {head['baseline']}; to match, the difference plus two standard errors must "
+            f"{where}: {base} for {head['baseline']}; to match, what is lost plus two standard errors must "
             f"be at most {head['margin']:.0%} of that."
         )
         return title, f"{details} {_converged(head)}".strip()
@@ -224,7 +226,8 @@ def _converged(head: dict[str, Any]) -> str:
     if converged is None:
         return ""
     distance = with_error(converged["distance"], converged["se"])
-    goal = f"the distance of the model's own converged solution ({distance})"
+    what = "score" if head["higher"] else "distance"
+    goal = f"the {what} of the model's own converged solution ({distance})"
     match = converged["match"]
     text = (
         f"Nothing here reaches {goal}."

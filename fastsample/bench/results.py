@@ -15,11 +15,14 @@ from typing import Any
 from fastsample.bench.cells import DamagedCell, read_file
 from fastsample.bench.errors import UserError
 from fastsample.metrics.frechet import Difference, FrechetEstimate, average, paired_difference
+from fastsample.metrics.scores import psnr
 
-SCHEMA = "fastsample.results/1"
+RUN_SCHEMA = "fastsample.run/2"
+SCHEMA = "fastsample.results/2"
 
 MARGIN = 0.1
-"""A solver matches the baseline if its distance, plus two standard errors, is at most this much larger."""
+"""A solver matches the baseline if its distance, plus two standard errors, is at most this much larger (a score, less
+two standard errors, at most this much smaller)."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +57,25 @@ class Point:
         return statistics.median(cell["result"]["seconds_per_sample"] for cell in self.cells)
 
     def estimates(self, metric: str, split: str) -> dict[int, FrechetEstimate]:
-        """The Fréchet estimate of each seed."""
-        return {
-            c["seed"]: FrechetEstimate.from_dict(c["result"]["metrics"][metric][split]) for c in self.cells
-        }
+        """The estimate of each seed that has one."""
+        found = {c["seed"]: c["result"]["metrics"][metric][split] for c in self.cells}
+        return {seed: FrechetEstimate.from_dict(e) for seed, e in found.items() if e is not None}
+
+    def measured(self, metric: str, split: str) -> bool:
+        """Whether there is an estimate (samplers that draw noise have no error to the converged solution)."""
+        return bool(self.estimates(metric, split))
 
     def distance(self, metric: str, split: str) -> Difference:
-        """Bias-corrected distance, averaged over seeds, with its standard error."""
+        """The metric's value, averaged over seeds, with its standard error.
+
+        Raises:
+            ValueError: if there is none.
+        """
         return average([Difference(e.value, e.se) for e in self.estimates(metric, split).values()])
 
 
 def compare(a: Point, b: Point, metric: str, split: str) -> Difference | None:
-    """Distance of ``a`` less that of ``b``, paired sample by sample; None if they share no seed."""
+    """The metric of ``a`` less that of ``b``, paired sample by sample; None if they share no seed."""
     first, second = a.estimates(metric, split), b.estimates(metric, split)
     shared = sorted(first.keys() & second.keys())
     return average([paired_difference(first[s], second[s]) for s in shared]) if shared else None
@@ -91,13 +101,17 @@ class Results:
 
     @property
     def metrics(self) -> list[str]:
-        """Full names of the Fréchet metrics."""
-        return self.manifest["metrics"]
+        """Full names of the metrics, in the order that the user gave."""
+        return list(self.manifest["metrics"])
 
     @property
-    def splits(self) -> list[str]:
-        """Names of the image sets compared with."""
-        return list(self.manifest["splits"])
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each metric with each of the sets that it compares with."""
+        return [(m, split) for m, about in self.manifest["metrics"].items() for split in about["splits"]]
+
+    def sign(self, metric: str) -> int:
+        """-1 for metrics of which more is better, 1 for distances."""
+        return -1 if self.manifest["metrics"][metric]["higher"] else 1
 
     @property
     def reference(self) -> Point | None:
@@ -115,8 +129,8 @@ def collect(run: Path) -> Results:
     path = run / "run.json"
     try:
         manifest = json.loads(path.read_bytes())
-        if manifest["schema"] != "fastsample.run/1":
-            raise ValueError(f"its schema is {manifest['schema']!r}, fastsample.run/1 is needed")
+        if manifest["schema"] != RUN_SCHEMA:
+            raise ValueError(f"its schema is {manifest['schema']!r}, {RUN_SCHEMA} is needed")
         names = manifest["cells"]
     except FileNotFoundError as error:
         raise UserError(f"run={run}: no run.json there; give a folder that fastsample bench wrote") from error
@@ -185,26 +199,35 @@ def merge(runs: Sequence[Results], names: Sequence[str]) -> Results:
     )
 
 
-def leaders(points: Sequence[Point], metric: str, split: str) -> dict[str, list[Point]]:
+def compared(manifest: dict[str, Any], metric: str, split: str) -> str:
+    """A metric in words, with the images that it compares with."""
+    return f"{metric} to the {split} images" if split in manifest["splits"] else metric
+
+
+def leaders(points: Sequence[Point], metric: str, split: str, sign: int = 1) -> dict[str, list[Point]]:
     """At each number of evaluations that several points share: the points that nothing beats.
 
     A point is beaten if the paired difference to the one with the smallest distance is beyond two standard
     errors. One leader alone is the best; several are tied.
+
+    Args:
+        points: those without the metric are left out.
+        metric, split: what is compared.
+        sign: 1 for distances, -1 where more is better.
     """
     result: dict[str, list[Point]] = {}
     for nfe in sorted({p.nfe for p in points}):
-        same = [p for p in points if p.nfe == nfe]
+        same = [p for p in points if p.nfe == nfe and p.measured(metric, split)]
         if len(same) < 2:
             continue
-        smallest = min(same, key=lambda p: p.distance(metric, split).value)
-        tied = [p for p in same if p is smallest or not _worse(p, smallest, metric, split)]
-        result[f"{nfe:g}"] = tied
+        first = min(same, key=lambda p: sign * p.distance(metric, split).value)
+        result[f"{nfe:g}"] = [p for p in same if p is first or not _worse(p, first, metric, split, sign)]
     return result
 
 
-def _worse(a: Point, b: Point, metric: str, split: str) -> bool:
+def _worse(a: Point, b: Point, metric: str, split: str, sign: int) -> bool:
     difference = compare(a, b, metric, split)
-    return difference is None or (difference.value > 0 and difference.significant)
+    return difference is None or (sign * difference.value > 0 and difference.significant)
 
 
 def headline(results: Results, metric: str, split: str) -> dict[str, Any]:
@@ -222,20 +245,23 @@ def headline(results: Results, metric: str, split: str) -> dict[str, Any]:
         ``kind`` ("fewer", "none" or "no baseline") with the numbers behind it; ``converged`` and ``closest``,
         None where nothing can be said.
     """
-    name = results.manifest["config"]["baseline"]
-    candidates = [p for p in results.points if p.solver == name]
+    name, sign = results.manifest["config"]["baseline"], results.sign(metric)
+    points = [p for p in results.points if p.measured(metric, split)]
+    candidates = [p for p in points if p.solver == name]
     common: dict[str, Any] = {
         "baseline": name,
         "metric": metric,
         "split": split,
+        "where": compared(results.manifest, metric, split),
+        "higher": sign < 0,
         "margin": MARGIN,
         "converged": None,
         "closest": _closest(results.points),
     }
     reference = results.reference
-    if reference is not None:
+    if reference is not None and reference.measured(metric, split):
         distance = reference.distance(metric, split)
-        match = _cheapest_match(results.points, reference, metric, split)
+        match = _cheapest_match(points, reference, metric, split, sign)
         common["converged"] = {
             "distance": distance.value,
             "se": distance.se,
@@ -252,18 +278,20 @@ def headline(results: Results, metric: str, split: str) -> dict[str, Any]:
         "baseline_distance": base.value,
         "baseline_se": base.se,
     }
-    match = _cheapest_match(results.points, baseline, metric, split)
+    match = _cheapest_match(points, baseline, metric, split, sign)
     return {"kind": "none", **common} if match is None else {"kind": "fewer", **common, **match}
 
 
-def _cheapest_match(points: Sequence[Point], target: Point, metric: str, split: str) -> dict[str, Any] | None:
+def _cheapest_match(
+    points: Sequence[Point], target: Point, metric: str, split: str, sign: int
+) -> dict[str, Any] | None:
     """The point with the fewest evaluations, fewer than the target's, whose distance matches the target's."""
-    limit = MARGIN * target.distance(metric, split).value
+    limit = MARGIN * abs(target.distance(metric, split).value)
     matching = []
     for point in points:
         difference = compare(point, target, metric, split) if point.nfe < target.nfe else None
-        if difference is not None and difference.value + 2 * difference.se <= limit:
-            matching.append((point.nfe, point.distance(metric, split).value, point, difference))
+        if difference is not None and sign * difference.value + 2 * difference.se <= limit:
+            matching.append((point.nfe, sign * point.distance(metric, split).value, point, difference))
     if not matching:
         return None
     _, _, point, difference = min(matching, key=lambda m: m[:2])
@@ -295,13 +323,13 @@ def _closest(points: Sequence[Point]) -> dict[str, Any] | None:
 def summary(results: Results) -> dict[str, Any]:
     """Everything that results.json holds."""
     rows = []
-    best = {(m, s): leaders(results.points, m, s) for m in results.metrics for s in results.splits}
+    best = {(m, s): leaders(results.points, m, s, results.sign(m)) for m, s in results.pairs}
     for point in results.points:
         row = _row(point, results)
         for (metric, split), by_nfe in best.items():
             tied = by_nfe.get(f"{point.nfe:g}", [])
-            place = ("best" if len(tied) == 1 else "tied") if point in tied else None
-            row["metrics"][metric][split]["place"] = place
+            if (entry := row["metrics"][metric][split]) is not None:
+                entry["place"] = ("best" if len(tied) == 1 else "tied") if point in tied else None
         rows.append(row)
     reference = results.reference
     manifest = {key: value for key, value in results.manifest.items() if key not in ("schema", "cells")}
@@ -310,7 +338,7 @@ def summary(results: Results) -> dict[str, Any]:
         "complete": results.missing == 0,
         "missing_cells": results.missing,
         "damaged_cells": list(results.damaged),
-        "headline": headline(results, results.metrics[0], results.splits[0]) if results.metrics else None,
+        "headline": headline(results, *results.pairs[0]) if results.pairs else None,
         "run": manifest,
         "reference": _row(reference, results) if reference else None,
         "points": rows,
@@ -319,18 +347,17 @@ def summary(results: Results) -> dict[str, Any]:
 
 def _row(point: Point, results: Results) -> dict[str, Any]:
     first = point.cells[0]["result"]
-    metrics: dict[str, Any] = {}
-    for metric in results.metrics:
-        metrics[metric] = {}
-        for split in results.splits:
+    metrics: dict[str, Any] = {metric: {} for metric in results.metrics}
+    for metric, split in results.pairs:
+        metrics[metric][split] = None
+        if estimates := point.estimates(metric, split):
             distance = point.distance(metric, split)
-            estimates = point.estimates(metric, split).values()
             metrics[metric][split] = {
                 "value": distance.value,
                 "se": distance.se,
-                "plain": math.fsum(e.plain for e in estimates) / len(estimates),
-                "reliable": all(e.reliable for e in estimates),
-                "seeds": {str(seed): e.to_dict() for seed, e in point.estimates(metric, split).items()},
+                "plain": math.fsum(e.plain for e in estimates.values()) / len(estimates),
+                "reliable": all(e.reliable for e in estimates.values()),
+                "seeds": {str(seed): e.to_dict() for seed, e in estimates.items()},
             }
     memory = [c["result"]["memorisation"] for c in point.cells if c["result"]["memorisation"]]
     row = {
@@ -346,9 +373,10 @@ def _row(point: Point, results: Results) -> dict[str, Any]:
         "images_per_second": 1 / point.seconds_per_sample,
         "flops_per_sample": first["flops_per_sample"],
         "peak_memory_bytes": first["peak_memory_bytes"],
+        "joules_per_sample": point.mean("joules_per_sample"),
         "rmse": point.mean("rmse"),
         "rmse_median": point.mean("rmse_median"),
-        "psnr": _psnr(point.mean("rmse")),
+        "psnr": psnr(error**2) if (error := point.mean("rmse")) else None,
         "stochastic": first["stochastic"],
         "metrics": metrics,
         "memorisation": {k: statistics.fmean(m[k] for m in memory) for k in ("ratio", "copies")}
@@ -361,11 +389,6 @@ def _row(point: Point, results: Results) -> dict[str, Any]:
         row["half_steps_rmse"] = point.mean("half_steps_rmse")
         row["half_steps_rmse_median"] = point.mean("half_steps_rmse_median")
     return row
-
-
-def _psnr(rmse: float | None) -> float | None:
-    """Peak signal-to-noise ratio in decibels, of images in [-1, 1]; None without an error, or without any."""
-    return 20 * math.log10(2 / rmse) if rmse else None
 
 
 def to_csv(data: dict[str, Any]) -> str:
@@ -381,13 +404,14 @@ def to_csv(data: dict[str, Any]) -> str:
         "images_per_second",
         "flops_per_sample",
         "peak_memory_bytes",
+        "joules_per_sample",
         "n",
         "rmse",
         "rmse_median",
         "psnr",
     )
     run = data["run"]
-    pairs = [(metric, split) for metric in run["metrics"] for split in run["splits"]]
+    pairs = [(metric, split) for metric, about in run["metrics"].items() for split in about["splits"]]
     header = [*fixed, "memorisation_ratio", "copies"]
     header += [f"{metric}_{split}{suffix}" for metric, split in pairs for suffix in ("", "_se", "_place")]
     buffer = io.StringIO()
@@ -406,5 +430,5 @@ def to_csv(data: dict[str, Any]) -> str:
     return buffer.getvalue()
 
 
-def _flat(entries: Iterable[dict[str, Any]]) -> list[Any]:
-    return [entry[key] for entry in entries for key in ("value", "se", "place")]
+def _flat(entries: Iterable[dict[str, Any] | None]) -> list[Any]:
+    return [entry and entry[key] for entry in entries for key in ("value", "se", "place")]

@@ -28,16 +28,17 @@ from torch import Tensor
 from fastsample import __version__
 from fastsample.bench.cells import Cell, DamagedCell, digest
 from fastsample.bench.claims import claimed
-from fastsample.bench.cost import PeakMemory, network_flops
+from fastsample.bench.conditions import Conditions, conditions_of, read_prompts
+from fastsample.bench.cost import EnergyMeter, PeakMemory, network_flops
 from fastsample.bench.data import ImageSet, embedded_data, load_images
 from fastsample.bench.errors import DISK_FULL, UserError, checking
+from fastsample.bench.measures import Accumulator, Batch, Measure, Wanted, prepare, wanted
 from fastsample.bench.model import (
     Model,
     Tally,
     check_conditions,
     check_names,
     counted,
-    draw_labels,
     load_model,
     make_sampler,
     plan_files,
@@ -48,25 +49,15 @@ from fastsample.bench.model import (
 )
 from fastsample.bench.peers import PREFIX, FunctionSampler, Peer, installed
 from fastsample.bench.provenance import device_name, provenance
+from fastsample.bench.results import RUN_SCHEMA
 from fastsample.conf import BenchConfig
+from fastsample.denoiser import as_conditions
 from fastsample.distributed import decided, rank_and_size, summed
 from fastsample.errors import NonFiniteError
-from fastsample.metrics import (
-    FeatureExtractor,
-    FrechetReference,
-    GroupedMoments,
-    estimate,
-    memorisation,
-    parse_metric,
-    rmse,
-    to_uint8,
-)
-from fastsample.metrics.extractors import MetricName
-from fastsample.metrics.frechet import RELIABLE_RATIO, minimum_samples
+from fastsample.metrics import memorisation, rmse, to_uint8
+from fastsample.metrics.extractors import frechet_metrics
 from fastsample.plan import write_atomically
 from fastsample.sampler import Sampler
-
-SCHEMA = "fastsample.run/1"
 
 _KEEP_BYTES = 1 << 28  # memorisation compares pixels: only where all samples fit in so much memory
 _REFERENCE_CHECK = 128  # samples on which the reference solution is compared with one of half the steps
@@ -130,16 +121,6 @@ def _finished_cells(out: Path) -> int:
 
 
 @dataclass
-class _Measures:
-    """One Fréchet metric: its full name, its features and what it compares with."""
-
-    name: str
-    extractor: FeatureExtractor
-    dim: int
-    references: dict[str, FrechetReference]
-
-
-@dataclass
 class _Planned:
     """A cell and its sampler."""
 
@@ -153,7 +134,8 @@ class _Job:
     model: Model
     device: torch.device
     tally: Tally
-    metrics: list[_Measures]
+    conditions: Conditions
+    metrics: list[Measure]
     splits: dict[str, ImageSet]
     references: dict[int, _Planned]
     planned: list[_Planned]
@@ -168,26 +150,28 @@ class _Job:
         where = provenance(self.device)
         everything = [*self.references.values(), *self.planned]
         manifest = {
-            "schema": SCHEMA,
+            "schema": RUN_SCHEMA,
             "command": command,
             "config": asdict(self.config),
             "config_sha256": digest(asdict(self.config)),
             "provenance": where,
             "model": {
                 "name": self.model.name,
-                "shape": list(self.model.shape),
+                "shape": list(self.model.image_shape),
                 "labelled": self.config.labels is not None and self.model.classes is not None,
+                "prompts": len(self.conditions.prompts),
                 "identity": self.model.identity,
                 "flops_per_row": self.flops,
             },
-            "metrics": [m.name for m in self.metrics],
+            "metrics": {m.name: m.describe() for m in self.metrics},
             "splits": {
                 name: {"name": s.name, "n": s.n, "sha256": s.sha256} for name, s in self.splits.items()
             },
             "notes": self.notes,
             "cells": [p.cell.filename for p in everything],
         }
-        first = rank_and_size()[0] == 0
+        rank, ranks = rank_and_size()
+        first = rank == 0
         if first:
             write_atomically(out / "run.json", json.dumps(manifest, indent=1).encode())
 
@@ -201,7 +185,7 @@ class _Job:
         try:
             # the first call pays for memory and kernels; no cell's time should
             self._sample(planned.sampler, planned.cell.seed, range(min(self.config.n, self.config.batch)))
-            with _progress(sum(p.sampler.plan.nfe for p in todo)) as advance:
+            with _progress(todo, self.config.n, ranks) as progress:
                 # Cells that another worker has in hand are looked at again at the end, then waited for. The
                 # others need the reference solutions, so these are waited for at once.
                 waiting = list(todo)
@@ -216,10 +200,10 @@ class _Job:
                                 continue
                             started = time.perf_counter()
                             if not decided(first and self._finished(planned.cell)):
-                                result = self._measure(planned)
+                                result = self._measure(planned, progress)
                                 if result is not None:
                                     planned.cell.write(out / "cells", result, where)
-                            advance(planned, time.perf_counter() - started)
+                            progress.finished(planned, time.perf_counter() - started)
                     waiting = held
         except NonFiniteError as error:
             raise UserError(
@@ -240,7 +224,7 @@ class _Job:
 
     # -- one cell --------------------------------------------------------------------------------------------
 
-    def _measure(self, planned: _Planned) -> dict[str, Any] | None:
+    def _measure(self, planned: _Planned, progress: _Progress) -> dict[str, Any] | None:
         """The cell's result; None on all processes of a launched run but the first.
 
         Batches are shared out by their number, and what they give is added up: the result is that of one process,
@@ -248,36 +232,52 @@ class _Job:
         """
         cell, sampler, n = planned.cell, planned.sampler, self.config.n
         compared = min(n, self.config.reference.n) if self._comparable(sampler) else 0
-        moments = [GroupedMoments(m.dim) for m in self.metrics]
-        pixels = n * 8 * torch.Size(self.model.shape).numel()
+        gathered = [Accumulator(measure) for measure in self.metrics]
+        shape = self.model.image_shape
+        pixels = n * 8 * torch.Size(shape).numel()
         keep_pixels = (
             set(self.splits) == {"train", "heldout"}
             and pixels <= _KEEP_BYTES
             and all(isinstance(s.source, Tensor) for s in self.splits.values())
         )
         kept = n if keep_pixels else min(n, self.config.images)
-        shown = torch.zeros(kept, *self.model.shape, dtype=torch.uint8)
-        x0 = torch.zeros(compared, *self.model.shape)
+        shown = torch.zeros(kept, *shape, dtype=torch.uint8)
+        x0 = torch.zeros(compared, *shape)
+        solution = (
+            None if cell.reference or not compared else self._load_solution(self.references[cell.seed].cell)
+        )
         rank, ranks = rank_and_size()
         starts = range(0, n, self.config.batch)
         seconds = torch.zeros(len(starts), dtype=torch.float64)  # a sample, of each batch
         self.tally.reset()
-        memory = PeakMemory(self.device)
+        memory, energy = PeakMemory(self.device), EnergyMeter(self.device)
+        joules = torch.zeros(1, dtype=torch.float64)
         for i in range(rank, len(starts), ranks):
             index = range(starts[i], min(n, starts[i] + self.config.batch))
+            used = energy.joules()
             began = time.perf_counter()
             x = self._sample(sampler, cell.seed, index)
             seconds[i] = (time.perf_counter() - began) / len(index)
+            if used is not None:
+                joules += (energy.joules() or 0.0) - used
+            x = self.model.images(x)
             quantised = to_uint8(x)
-            for measure, moment in zip(self.metrics, moments, strict=True):
-                moment.update(measure.extractor(quantised), index)
+            batch = Batch(
+                quantised,
+                index,
+                None if solution is None else _square_error(x, solution[index.start : index.stop]),
+                self.conditions.prompt(cell.seed, torch.arange(index.start, index.stop)),
+            )
+            for one in gathered:
+                one.update(batch)
+            progress.sampled(planned, len(index))
             for whole, part in ((shown, quantised), (x0, x)):
                 part = part[: max(0, len(whole) - index.start)].cpu()
                 whole[index.start : index.start + len(part)] = part
-        for moment in moments:
-            moment.counts, moment.sums, moment.outer = map(summed, (moment.counts, moment.sums, moment.outer))
+        for one in gathered:
+            one.state.reduce(summed)
         counts = torch.tensor([self.tally.evaluations, self.tally.rows], dtype=torch.float64)
-        shown, x0, seconds, counts = map(summed, (shown, x0, seconds, counts))
+        shown, x0, seconds, counts, joules = map(summed, (shown, x0, seconds, counts, joules))
         if rank:
             return None
         evaluations, rows = counts.tolist()
@@ -294,16 +294,11 @@ class _Job:
             "images_per_second": ranks / typical,
             "flops_per_sample": round(self.flops * rows / n),
             "peak_memory_bytes": memory.bytes(),
+            "joules_per_sample": float(joules) / n if energy.why is None else None,
             "stochastic": sampler.plan.stochastic,
             "plan": repr(sampler.plan),
             "notes": list(sampler.plan.notes),
-            "metrics": {
-                measure.name: {
-                    split: estimate(moment, reference).to_dict()
-                    for split, reference in measure.references.items()
-                }
-                for measure, moment in zip(self.metrics, moments, strict=True)
-            },
+            "metrics": {one.measure.name: one.estimates() for one in gathered},
             "memorisation": None,
             "rmse": None,
             "rmse_median": None,
@@ -316,8 +311,7 @@ class _Job:
             result["memorisation"] = memorisation(shown, train, heldout).to_dict()
         if cell.reference:
             result |= self._save_solution(planned, x0)
-        elif compared:
-            solution = self._load_solution(self.references[cell.seed].cell)
+        elif solution is not None:
             result["rmse"], result["rmse_median"] = rmse(x0, solution)
         return result
 
@@ -328,10 +322,12 @@ class _Job:
 
     def _sample(self, sampler: Sampler | Peer, seed: int, index: range) -> Tensor:
         which = torch.arange(index.start, index.stop, device=self.device)
-        labels = draw_labels(self.config.labels, self.model.classes, seed, which)
-        conditions: dict[str, Any] = {} if labels is None else {"labels": labels}
         x = sampler(
-            shape=(len(index), *self.model.shape), seed=seed, index=which, device=self.device, **conditions
+            shape=(len(index), *self.model.shape),
+            seed=seed,
+            index=which,
+            device=self.device,
+            **self.conditions(seed, which),
         )
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -351,7 +347,7 @@ class _Job:
             planned.sampler.denoiser, reference.solver, max(1, reference.steps // 2), None, self.config.end
         )
         few = range(min(len(x), _REFERENCE_CHECK))
-        error, median = rmse(self._sample(half, cell.seed, few).cpu(), x[: len(few)])
+        error, median = rmse(self.model.images(self._sample(half, cell.seed, few)).cpu(), x[: len(few)])
         content = save({"x": x.contiguous()})
         write_atomically(self._solution_path(cell), content)
         return {
@@ -394,9 +390,24 @@ def _prepare(config: BenchConfig) -> _Job:
         )
         if isinstance(config.labels, list):
             raise ValueError(f"labels={config.labels!r}: a benchmark takes auto, null or one label")
-        check_conditions(model, draw_labels(config.labels, model.classes, 0, torch.arange(1)))
+        prompts = () if config.prompts is None else read_prompts(config.prompts)
+        conditions = conditions_of(model, config.labels, prompts)
+        one_condition = conditions(0, torch.zeros(1, dtype=torch.int64))
+        check_conditions(model, one_condition)
         # after the model, whose module may register extractors of its own
-        metrics, splits = _metrics(config, _metric_names(config), model, device)
+        asked = _metrics(config)
+        splits = _splits(config, model)
+        metrics = prepare(
+            asked,
+            model.image_shape,
+            splits,
+            cache=Path(config.out) / "statistics",
+            batch=config.batch,
+            kept=config.feature_samples,
+            device=device,
+            weights=_weights(config),
+            prompts=prompts,
+        )
 
     denoiser, tally = counted(model.denoiser)
     identity = {
@@ -408,7 +419,8 @@ def _prepare(config: BenchConfig) -> _Job:
         "classes": model.classes,
         "end": config.end,
         "images": config.images,
-        "metrics": {m.name: m.extractor.sha256 for m in metrics},
+        "prompts": conditions.sha256,
+        "metrics": {m.name: m.identity for m in metrics},
         "data": {name: split.sha256 for name, split in splits.items()},
         # seconds are part of the result
         "device": device_name(device),
@@ -445,8 +457,7 @@ def _prepare(config: BenchConfig) -> _Job:
         )
         for seed in config.seeds
     }
-    one_label = draw_labels(config.labels, model.classes, 0, torch.zeros(1, dtype=torch.int64))
-    one_condition = {} if one_label is None else {"labels": one_label.to(device)}
+    one_condition = as_conditions(one_condition, device)
 
     def count(sampler: FunctionSampler) -> None:
         sampler.count(lambda: tally.evaluations, one_condition)
@@ -462,11 +473,11 @@ def _prepare(config: BenchConfig) -> _Job:
         raise UserError(f"nfe={config.nfe}: no solver has a plan within these budgets")
     planned.sort(key=lambda p: p.sampler.plan.nfe)
     flops = network_flops(model.denoiser, model.shape, one_condition)
-    return _Job(config, model, device, tally, metrics, splits, references, planned, notes, flops)
+    return _Job(config, model, device, tally, conditions, metrics, splits, references, planned, notes, flops)
 
 
 def _check_numbers(config: BenchConfig) -> None:
-    for name, low in (("n", 1), ("batch", 1), ("images", 0)):
+    for name, low in (("n", 1), ("batch", 1), ("images", 0), ("feature_samples", 1)):
         if getattr(config, name) < low:
             raise ValueError(f"{name}={getattr(config, name)}: at least {low} is needed")
     for name in ("solvers", "grids", "seeds", "steps" if config.steps is not None else "nfe"):
@@ -490,47 +501,33 @@ def _check_numbers(config: BenchConfig) -> None:
         raise unknown("baseline", config.baseline, labels)
 
 
-def _metric_names(config: BenchConfig) -> list[MetricName]:
+def _metrics(config: BenchConfig) -> list[Wanted]:
     embedded = embedded_data(config.model) != (None, None)
-    wanted = config.metrics if config.metrics is not None else ["fd-digits"] if embedded else []
-    names = [parse_metric(name) for name in wanted]
-    for name in names:
-        name.with_n(config.n)
-    return names
+    names = config.metrics if config.metrics is not None else ["fd-digits"] if embedded else []
+    return wanted(names, config.n, config.feature_samples, config.reference.n)
 
 
-def _metrics(
-    config: BenchConfig, names: list[MetricName], model: Model, device: torch.device
-) -> tuple[list[_Measures], dict[str, ImageSet]]:
+def _splits(config: BenchConfig, model: Model) -> dict[str, ImageSet]:
     embedded = embedded_data(config.model)
     sources = {"train": config.train or embedded[0], "heldout": config.heldout or embedded[1]}
-    splits = {
-        split: load_images(source, model.shape) for split, source in sources.items() if source is not None
+    return {
+        split: load_images(source, model.image_shape)
+        for split, source in sources.items()
+        if source is not None
     }
-    if names and not splits:
-        raise ValueError(
-            f"metrics={[name.base for name in names]}: images to compare with are needed; give train=FOLDER "
-            "(and heldout=FOLDER), or metrics=[]"
-        )
-    metrics = []
-    for name in names:
-        weights = config.inception_weights if name.base == "fid" else None
-        extractor = FeatureExtractor(name.extractor, device=device, weights=weights)
-        dim = extractor.dim(model.shape)
-        if config.n < minimum_samples(dim):
-            raise ValueError(
-                f"n={config.n}: {name.base} has {dim} features, so at least {minimum_samples(dim)} samples "
-                f"are needed, and {RELIABLE_RATIO * dim} for a reliable interval"
-            )
-        cache = Path(config.out) / "statistics"
-        references = {split: s.reference(extractor, cache, config.batch) for split, s in splits.items()}
-        for split, reference in references.items():
-            if reference.gaussian.dim != dim:
-                raise ValueError(
-                    f"{split}={splits[split].name}: {reference.gaussian.dim} features, {name.base} has {dim}"
-                )
-        metrics.append(_Measures(name.with_n(config.n), extractor, dim, references))
-    return metrics, splits
+
+
+def _weights(config: BenchConfig) -> dict[str, str]:
+    weights = dict(config.weights)
+    if config.inception_weights is not None:
+        weights[frechet_metrics()["fid"]] = config.inception_weights
+    return weights
+
+
+def _square_error(x: Tensor, solution: Tensor) -> Tensor:
+    """Mean square error of the first samples of a batch, ``[len(solution)]`` float64."""
+    difference = x[: len(solution)].cpu().double() - solution.double()
+    return difference.square().flatten(1).mean(1)
 
 
 def _samplers(
@@ -592,32 +589,72 @@ def _png(image: Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+class _Progress:
+    """What a run says of its progress; in logs a line a cell."""
+
+    def sampled(self, planned: _Planned, count: int) -> None:
+        """So many samples of a cell are done."""
+
+    def finished(self, planned: _Planned, seconds: float) -> None:
+        """A cell is done, here or by another worker."""
+        cell, nfe = planned.cell, planned.sampler.plan.nfe
+        kind = "reference " if cell.reference else ""
+        print(f"{kind}{cell.solver}: {nfe} evaluations, seed {cell.seed}, {seconds:.1f} s", file=sys.stderr)
+
+
+class _Silent(_Progress):
+    def finished(self, planned: _Planned, seconds: float) -> None:
+        pass
+
+
+class _Bar(_Progress):
+    """One bar over the evaluations of all cells, with cells, images per second and the time that remains."""
+
+    def __init__(self, bar: Any, todo: list[_Planned], n: int, ranks: int) -> None:
+        self._bar, self._n, self._ranks, self._cells = bar, n, ranks, len(todo)
+        self._done, self._evaluations, self._images = 0, 0, 0
+        total = sum(self._weight(p) for p in todo)
+        self._task = bar.add_task("cells", total=total, cells=f"0/{self._cells} cells", rate="")
+
+    def _weight(self, planned: _Planned) -> int:
+        return planned.sampler.plan.nfe * self._n
+
+    def sampled(self, planned: _Planned, count: int) -> None:
+        nfe = planned.sampler.plan.nfe
+        self._images += count * self._ranks
+        elapsed = self._bar.tasks[0].elapsed
+        self._bar.update(
+            self._task,
+            advance=nfe * count * self._ranks,
+            description=f"{planned.cell.solver}, {nfe} evaluations",
+            rate=f"{self._images / elapsed:.3g} images/s" if elapsed else "",
+        )
+
+    def finished(self, planned: _Planned, seconds: float) -> None:
+        self._done += 1
+        self._evaluations += self._weight(planned)
+        self._bar.update(self._task, completed=self._evaluations, cells=f"{self._done}/{self._cells} cells")
+
+
 @contextmanager
-def _progress(evaluations: int) -> Iterator[Any]:
-    """A bar over all evaluations on a terminal, a line a cell elsewhere; by the first process alone."""
+def _progress(todo: list[_Planned], n: int, ranks: int) -> Iterator[_Progress]:
+    """A bar on a terminal, a line a cell elsewhere; by the first process alone."""
     if rank_and_size()[0]:
-        yield lambda planned, seconds: None
+        yield _Silent()
         return
     if not sys.stderr.isatty():
-
-        def line(planned: _Planned, seconds: float) -> None:
-            cell, nfe = planned.cell, planned.sampler.plan.nfe
-            kind = "reference " if cell.reference else ""
-            print(
-                f"{kind}{cell.solver}: {nfe} evaluations, seed {cell.seed}, {seconds:.1f} s", file=sys.stderr
-            )
-
-        yield line
+        yield _Progress()
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    texts = (TextColumn("{task.fields[cells]}"), TextColumn("{task.fields[rate]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *texts,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("cells", total=evaluations)
-
-        def advance(planned: _Planned, seconds: float) -> None:
-            nfe = planned.sampler.plan.nfe
-            bar.update(task, advance=nfe, description=f"{planned.cell.solver}, {nfe} evaluations")
-
-        yield advance
+        yield _Bar(bar, todo, n, ranks)

@@ -54,7 +54,7 @@ def sample(config: SampleConfig) -> Path:
         sampler = make_sampler(model.denoiser, solver, config.steps, config.grid, config.end)
         index = torch.arange(config.n, device=device)
         labels = draw_labels(config.labels, model.classes, config.seed, index)
-        check_conditions(model, labels)
+        check_conditions(model, () if labels is None else ("labels",))
         folder = Path(config.out)
         folder.mkdir(parents=True, exist_ok=True)
     print(sampler.plan)
@@ -70,7 +70,7 @@ def sample(config: SampleConfig) -> Path:
         )
     except NonFiniteError as error:
         raise UserError(str(error)) from error
-    images = to_uint8(x).cpu()
+    images = to_uint8(model.images(x)).cpu()
     with checking(f"out={folder}"):
         digits = max(5, len(str(config.n - 1)))
         for i, image in enumerate(images):

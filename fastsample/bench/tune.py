@@ -47,7 +47,8 @@ def tune(config: TuneConfig) -> list[Path]:
         model = load_model(
             config.model, shape=config.shape, classes=config.classes, guidance=config.guidance, device=device
         )
-        check_conditions(model, draw_labels(config.labels, model.classes, config.seed, torch.arange(1)))
+        one = draw_labels(config.labels, model.classes, config.seed, torch.arange(1))
+        check_conditions(model, () if one is None else ("labels",))
         select = None if config.select is None else _selection(config, model, device)
 
     def conditions(index: Tensor) -> dict[str, Any]:

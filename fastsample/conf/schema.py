@@ -81,7 +81,8 @@ class BenchConfig:
             "diffusers:unipc",
         ],
         "Solvers by name, or with options: 'solvers=[auto,{name: ddim, eta: 1}]'. diffusers:NAME is a scheduler "
-        "of diffusers, {plan: FILE} a tuned plan, {_target_: my.module.sample} a function "
+        "of diffusers, kdiffusion:NAME a sampler of k-diffusion, {plan: FILE} a tuned plan, "
+        "{_target_: my.module.sample} a function "
         "(denoiser, noise, steps, **conditions) -> samples.",
     )
     nfe: list[int] = option(
@@ -98,8 +99,9 @@ class BenchConfig:
     n: int = option(1000, "Number of samples in a cell.")
     metrics: list[str] | None = option(
         None,
-        "Frechet metrics: fd-digits, fid, fd-NAME (NAME registered with torch-fidelity); null: fd-digits for "
-        "the embedded digits models, none for others.",
+        "fid, kid, precision, recall (Inception features), fd-NAME, kd-NAME, precision-NAME, recall-NAME (NAME "
+        "registered with torch-fidelity, fd-digits, ...), isc, cmmd, clip-score, swd, psnr; null: fd-digits for the "
+        "embedded digits models, none for others. The headline is about the first.",
     )
     train: str | None = option(
         None,
@@ -128,7 +130,24 @@ class BenchConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     threads: int | None = option(None, "CPU threads; null: torch's choice.")
     inception_weights: str | None = option(
-        None, "File with the Inception weights for fid; null: torch-fidelity's cache."
+        None,
+        "File with the Inception weights for fid, kid, precision, recall, isc; null: torch-fidelity's cache.",
+    )
+    weights: dict[str, str] = option(
+        {},
+        "Local weights of other extractors: weights.clip=FOLDER (transformers' CLIP, for cmmd and clip-score), "
+        "weights.dinov2-vit-l-14=FOLDER (a clone of facebookresearch/dinov2 with the weights file in it), "
+        "weights.vgg16=FILE, ...",
+    )
+    feature_samples: int = option(
+        10000,
+        "kid, kd-NAME, cmmd, precision, recall and swd keep features in memory: those of the first so many samples "
+        "and of as many images of train and heldout. All other metrics keep nothing.",
+    )
+    prompts: str | None = option(
+        None,
+        "Text file with one prompt a line, for text-to-image models; drawn in balance like labels. clip-score "
+        "compares images with them.",
     )
     out: str = option(
         "runs/bench", "Run folder. Start the same command again after a kill: finished cells are kept."

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
@@ -20,6 +21,8 @@ _TOLD_T = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
 
 # Networks whose samples are (channels, size, size) by their config.
 _SQUARE = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "SD3Transformer2DModel")
+
+_DECODED, _ENCODED = 8, 64  # latents and prompts at once
 
 _HANDLE = "_fastsample_accelerated"  # the attribute that keeps the handle
 
@@ -226,6 +229,25 @@ def _patch(handle: Accelerated, network: nn.Module) -> None:
     handle._undo.append(lambda: fastsample_kernels.unpatch(network))
 
 
+def _decode(vae: Any, latents: Tensor) -> Tensor:
+    """Images in [-1, 1] of latents, a few at a time: the decoder takes far more memory a sample than the network."""
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    scaled = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
+    with torch.no_grad():
+        images = torch.cat([vae.decode(part, return_dict=False)[0] for part in scaled.split(_DECODED)])
+    return images.float().clamp(-1, 1)
+
+
+def _encode(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
+    """The conditions of a Stable Diffusion 1.x or 2.x network."""
+    with torch.no_grad():
+        embeds = [
+            pipe.encode_prompt(prompts[i : i + _ENCODED], pipe.unet.device, 1, False)[0]
+            for i in range(0, len(prompts), _ENCODED)
+        ]
+    return {"encoder_hidden_states": torch.cat(embeds).cpu()}
+
+
 # -- a pipeline's network as a denoiser ----------------------------------------------------------------------
 
 
@@ -250,7 +272,8 @@ def denoiser_of(pipe: Any, **settings: Any) -> Denoiser:
     Args:
         pipe: a pipeline with a ``unet`` or a ``transformer``. Its conditions are keywords of the sampler's
             call: ``encoder_hidden_states=...``, ``class_labels=...``.
-        settings: as for :func:`fastsample.wrap`; they win over what the pipeline says.
+        settings: as for :func:`fastsample.wrap`; they win over what the pipeline says. Prompts are encoded for
+            Stable Diffusion 1.x and 2.x, latents decoded where the pipeline has an AutoencoderKL.
 
     Raises:
         ValueError: a pipeline that is not understood.
@@ -270,4 +293,8 @@ def denoiser_of(pipe: Any, **settings: Any) -> Denoiser:
     size = config.get("sample_size")
     if isinstance(size, int) and channels is not None and type(network).__name__ in _SQUARE:
         found["sample_shape"] = (channels, size, size)
+        if type(getattr(pipe, "vae", None)).__name__ == "AutoencoderKL":
+            found["decode"] = functools.partial(_decode, pipe.vae)
+    if type(network).__name__ == "UNet2DConditionModel" and config.get("addition_embed_type") is None:
+        found["encode"] = functools.partial(_encode, pipe)
     return wrap(inner, meaning.process, meaning.prediction, **(found | settings))

@@ -48,6 +48,7 @@ class Clip:
                 raise FileNotFoundError(f"weights.clip={folder}: no {file} in it; {remedy}")
         try:
             from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPModel
+            from transformers.utils import logging
         except ImportError as error:
             raise ImportError(
                 f"CLIP's features need transformers ({error}): pip install 'fastsample[diffusers]'"
@@ -58,12 +59,17 @@ class Clip:
             raise ValueError(
                 f"weights.clip={folder}: it holds a model of type {kind!r}, clip is needed; {remedy}"
             )
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # logs stay quiet
         try:
             model: Any = CLIPModel.from_pretrained(path, use_safetensors=True, **local)
         except OSError as error:
             raise FileNotFoundError(
                 f"weights.clip={folder}: {str(error).splitlines()[0]}; {remedy}"
             ) from error
+        finally:
+            if shown:
+                logging.enable_progress_bar()
         self.device = torch.device(device)
         self._model = model.requires_grad_(False).eval().to(self.device)
         self._processor: Any = CLIPImageProcessor.from_pretrained(path, **local)

@@ -81,7 +81,7 @@ class KernelReference:
         whole = float(statistic(within.sum(), across.sum(), sizes.sum()))
         left = within.sum() - 2 * within.sum(1) + within.diagonal()
         without = statistic(left, across.sum() - across, sizes.sum() - sizes)
-        return FrechetEstimate.jackknifed(whole, without, sizes)
+        return FrechetEstimate.jackknifed(whole, without, sizes, corrected=False)  # unbiased as it is
 
 
 def kernel_distance(

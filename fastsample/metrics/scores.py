@@ -62,7 +62,7 @@ def inception_score(logits: Tensor, index: Tensor | range | None = None) -> Frec
     return of_means(sums, score_of_means, corrected=True)
 
 
-def psnr(mean_square_error: Tensor) -> float:
+def psnr(mean_square_error: Tensor | float) -> float:
     """Peak signal-to-noise ratio in decibels of images in [-1, 1], from their mean square error; infinite for 0."""
     mse = float(mean_square_error)
     return 10 * math.log10(4 / mse) if mse else math.inf

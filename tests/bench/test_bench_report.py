@@ -43,7 +43,8 @@ def point(solver: str, nfe: int, shift: float, seeds: tuple[int, ...] = (0,), se
 
 
 def results(*points: Point, references: tuple[dict[str, Any], ...] = ()) -> Results:
-    manifest: dict[str, Any] = {"metrics": [METRIC], "splits": {SPLIT: {}}, "config": {"baseline": "ddim"}}
+    metrics = {METRIC: {"splits": [SPLIT], "higher": False}}
+    manifest: dict[str, Any] = {"metrics": metrics, "splits": {SPLIT: {}}, "config": {"baseline": "ddim"}}
     for cell in references:
         cell.update(solver="exact", steps=100)
     return Results(manifest, points, references, 0, ())
@@ -131,7 +132,7 @@ def run(settings: Callable[..., BenchConfig]) -> Path:
 
 def test_csv_and_json_agree(run: Path) -> None:
     data = json.loads((run / "results.json").read_text())
-    assert data["schema"] == "fastsample.results/1"
+    assert data["schema"] == "fastsample.results/2"
     with (run / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(data["points"]) == 4

@@ -61,7 +61,7 @@ def test_what_cannot_be_compared(runs: tuple[Path, Path], settings: Settings, tm
     bench(settings(solvers=["ddim"], nfe=[8], metrics=[], train=None, heldout=None, out=str(other)))
     with pytest.raises(UserError, match="their metrics differ"):
         changes(collect(a), collect(other))
-    with pytest.raises(UserError, match="no distance to compare"):
+    with pytest.raises(UserError, match="no metric to compare"):
         changes(collect(other), collect(other))
     with pytest.raises(UserError, match=r"cannot share an axis: their metrics differ"):
         render_runs([a, other], tmp_path / "merged")

@@ -8,7 +8,9 @@
   const shared = every.filter((n, i) => n === every[i - 1] && n !== every[i - 2]);
   const budgets = shared.length ? shared : [...new Set(every)];
   const hidden = new Set();
-  const state = { metric: data.metrics[0], split: data.splits[0] };
+  const metrics = Object.keys(data.metrics);
+  const state = { metric: metrics[0], split: data.metrics[metrics[0]]?.splits[0] };
+  const about = () => data.metrics[state.metric] ?? { splits: [], higher: false };
   const colour = label => palette[labels.indexOf(label) % palette.length];
   const dash = label => labels.indexOf(label) >= palette.length ? "6 4" : null;
   const strong = label => label === "auto";
@@ -60,6 +62,15 @@
     }
   }
 
+  // 1-2-5 ticks on a linear axis.
+  function evenTicks(low, high, most) {
+    const rough = (high - low) / most, power = 10 ** Math.floor(Math.log10(rough));
+    const step = [1, 2, 5, 10].map(m => m * power).find(v => v >= rough);
+    const found = [];
+    for (let i = Math.ceil(low / step); i * step <= high; i++) found.push(i * step);
+    return found;
+  }
+
   // Ticks at least `gap` pixels apart.
   function spaced(values, position, gap) {
     const kept = [];
@@ -67,7 +78,7 @@
     return kept;
   }
 
-  function chart(id, { x, y, error, xLabel, xFormat, xTicks, converged }) {
+  function chart(id, { x, y, error, xLabel, xFormat, xTicks, converged, linear }) {
     const host = byId(id);
     if (!host) return;
     const width = Math.max(280, host.clientWidth), height = Math.round(Math.min(360, Math.max(250, width * .62)));
@@ -82,10 +93,18 @@
     if (level?.value > 0) positive.push(level.value);
     const floor = positive.length ? Math.min(...positive) / 1.6 : 1e-3;
     const range = { x0: Math.min(...xs) / 1.15, x1: Math.max(...xs) * 1.15, y0: floor, y1: Math.max(...positive, 2 * floor) * 1.3 };
+    if (linear) {
+      const ends = points.flatMap(p => [y(p) - 2 * (error?.(p) ?? 0), y(p) + 2 * (error?.(p) ?? 0)]);
+      if (level) ends.push(level.value);
+      const low = Math.min(...ends), high = Math.max(...ends), margin = .06 * (high - low) || .5;
+      range.y0 = low - margin;
+      range.y1 = high + margin;
+    }
     const px = v => left + (width - left - right) * Math.log(v / range.x0) / Math.log(range.x1 / range.x0);
-    const py = v => top + (height - top - bottom) * (1 - Math.log(Math.max(v, range.y0) / range.y0) / Math.log(range.y1 / range.y0));
+    const share = v => linear ? (v - range.y0) / (range.y1 - range.y0) : Math.log(Math.max(v, range.y0) / range.y0) / Math.log(range.y1 / range.y0);
+    const py = v => top + (height - top - bottom) * (1 - share(v));
 
-    for (const v of ticks(range.y0, range.y1, 8)) {
+    for (const v of (linear ? evenTicks : ticks)(range.y0, range.y1, 8)) {
       draw(svg, "line", { x1: left, x2: width - right, y1: py(v), y2: py(v), class: "grid" });
       draw(svg, "text", { x: left - 7, y: py(v) + 4, "text-anchor": "end" }, format(v));
     }
@@ -114,7 +133,7 @@
       for (const p of own) {
         const cx = px(x(p)), cy = py(y(p)), e = error?.(p);
         if (e != null) draw(group, "path", { d: `M${cx},${py(y(p) + 2 * e)}V${py(y(p) - 2 * e)}`, class: "error", "stroke-width": 1.4 });
-        const below = y(p) <= 0;  // bias-corrected distances can be: drawn hollow on the axis
+        const below = !linear && y(p) <= 0;  // bias-corrected distances can be: drawn hollow on the axis
         draw(group, "path", { d: shape(label)(cx, cy, strong(label) ? 4.6 : 3.6), class: "mark", fill: below ? "var(--panel)" : null });
         marks.push({ cx, cy, p });
       }
@@ -137,7 +156,7 @@
   const tooltip = byId("tooltip");
   function tell(p, left, top) {
     const lines = [`${format(p.nfe)} evaluations, ${time(p.seconds_per_sample)} a sample`];
-    for (const split of data.splits) if (state.metric) lines.push(`${split}: ${withError(p.metrics[state.metric][split])}`);
+    for (const split of about().splits) lines.push(`${split}: ${withError(p.metrics[state.metric][split])}`);
     if (p.rmse != null) lines.push(`RMSE ${format(p.rmse)}, median ${format(p.rmse_median)}`);
     tooltip.replaceChildren(element("b", {}, p.label), ...lines.map(line => element("div", {}, line)));
     tooltip.hidden = false;
@@ -150,25 +169,34 @@
   function charts() {
     const d = key => p => distance(p)?.[key];
     const level = () => data.reference?.metrics[state.metric]?.[state.split];
+    const linear = about().higher;
+    byId("direction").textContent = linear ? "Higher" : "Lower";
     const perNfe = { xLabel: "network evaluations per sample", x: p => p.nfe, xFormat: format, xTicks: budgets };
-    chart("chart-nfe", { ...perNfe, y: d("value"), error: d("se"), converged: level });
-    chart("chart-seconds", { x: p => p.seconds_per_sample, y: d("value"), error: d("se"), xLabel: "time per sample", xFormat: time, converged: level });
+    chart("chart-nfe", { ...perNfe, y: d("value"), error: d("se"), converged: level, linear });
+    chart("chart-seconds", { x: p => p.seconds_per_sample, y: d("value"), error: d("se"), xLabel: "time per sample", xFormat: time, converged: level, linear });
     chart("chart-rmse", { ...perNfe, y: p => p.rmse });
     chart("chart-median", { ...perNfe, y: p => p.rmse_median });
   }
 
   function choice(id, values, key) {
+    byId(id).replaceChildren();
     if (values.length < 2) return;
     for (const value of values) {
       const button = element("button", { type: "button", "aria-pressed": value === state[key] }, value);
       button.addEventListener("click", () => {
         state[key] = value;
         for (const other of byId(id).children) other.setAttribute("aria-pressed", other === button);
+        if (key === "metric") splitChoice();
         charts();
         samples();
       });
       byId(id).append(button);
     }
+  }
+
+  function splitChoice() {
+    if (!about().splits.includes(state.split)) state.split = about().splits[0];
+    choice("split-choice", about().splits, "split");
   }
 
   function legend() {
@@ -201,7 +229,7 @@
     byId("budget-value").textContent = format(budget);
     const rows = [];
     const facts = p => element("div", { class: "facts" }, element("span", {}, `${format(p.nfe)} evaluations `),
-      ...(distance(p) ? [element("span", {}, `distance ${withError(distance(p))}`)] : []));
+      ...(distance(p) ? [element("span", {}, `${state.metric} ${withError(distance(p))}`)] : []));
     if (data.reference?.images.length)
       rows.push(element("div", { class: "row" }, element("div", {},
         element("div", { class: "name" }, `converged (${data.reference.label})`), facts(data.reference)),
@@ -221,13 +249,15 @@
   function table() {
     const columns = [["solver", p => p.label, p => p.label], ["steps", p => p.steps], ["NFE", p => p.nfe, p => format(p.nfe)]];
     if (data.points.some(p => p.rows_per_sample !== p.nfe)) columns.push(["rows", p => p.rows_per_sample, p => format(p.rows_per_sample)]);
-    for (const metric of data.metrics) for (const split of data.splits)
-      columns.push([`${metric}, ${split}`, p => p.metrics[metric][split].value, p => {
+    for (const metric of metrics) for (const split of data.metrics[metric].splits)
+      columns.push([`${metric}, ${split}`, p => p.metrics[metric][split]?.value, p => {
         const d = p.metrics[metric][split];
-        return d.place ? [element("span", { class: `badge ${d.place}` }, d.place), withError(d)] : [withError(d)];
+        return d?.place ? [element("span", { class: `badge ${d.place}` }, d.place), withError(d)] : [withError(d)];
       }]);
     columns.push(["RMSE", p => p.rmse, p => format(p.rmse)], ["median", p => p.rmse_median, p => format(p.rmse_median)],
       ["time", p => p.seconds_per_sample, p => time(p.seconds_per_sample)]);
+    if (data.points.some(p => p.joules_per_sample != null))
+      columns.push(["energy", p => p.joules_per_sample, p => p.joules_per_sample == null ? "–" : `${format(p.joules_per_sample)} J`]);
     if (data.points.some(p => p.memorisation)) columns.push(
       ["memorisation", p => p.memorisation?.ratio, p => format(p.memorisation?.ratio)],
       ["copies", p => p.memorisation?.copies, p => p.memorisation ? `${format(100 * p.memorisation.copies)}%` : "–"]);
@@ -263,8 +293,8 @@
     fill();
   }
 
-  choice("metric-choice", data.metrics, "metric");
-  choice("split-choice", data.splits, "split");
+  choice("metric-choice", metrics, "metric");
+  splitChoice();
   legend();
   charts();
   samples();
