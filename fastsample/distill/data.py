@@ -24,10 +24,14 @@ def shuffled(index: Tensor, n: int, seed: int) -> Tensor:
 
     Any part of the order can be had without what was before, so that a run resumes by its step alone.
     """
+    epochs, place = index // n, index % n
+    first, last = (int(e) for e in epochs.aminmax())
+    if first == last:
+        return _order(n, seed, first)[place]
     result = torch.empty_like(index)
-    for epoch in torch.unique(index // n).tolist():
-        mine = index // n == epoch
-        result[mine] = _order(n, seed, epoch)[index[mine] % n]
+    for epoch in torch.unique(epochs).tolist():
+        mine = epochs == epoch
+        result[mine] = _order(n, seed, epoch)[place[mine]]
     return result
 
 
@@ -248,15 +252,19 @@ def _named(name: str) -> Data:
     return Data(ImageFolder(name, transform=_normalised), name=name)
 
 
-def _torchvision(name: str, root: str = "data") -> Data:
+def _torchvision(name: str) -> Data:
     from torchvision import datasets
 
+    from ..zoo.data import data_folder
+
+    root = data_folder()
     kind = {"fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
     try:
         raw = kind(root, train=True)
     except RuntimeError as error:
         raise ValueError(
-            f"data={name}: not found under {root}/; torchvision.datasets.{kind.__name__}({root!r}, download=True) "
+            f"data={name}: not found under {root}/ (FASTSAMPLE_DATA names another folder); "
+            f"torchvision.datasets.{kind.__name__}({root!r}, download=True) "
             "fetches it"
         ) from error
     x = torch.as_tensor(raw.data)

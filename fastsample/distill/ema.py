@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .method import follow
-from .weights import duplicate, load_own, own_state
+from .method import move
+from .weights import duplicate, load_own, moving, own_state
 
 
 class Averages:
@@ -25,11 +25,12 @@ class Averages:
             raise ValueError(f"ema={tuple(decays)!r}: give decays in [0, 1), such as (0.99, 0.999)")
         self.decays = tuple(decays)
         self.nets = {str(d): duplicate(net).eval().requires_grad_(False) for d in self.decays}
+        self._from, self._parts = moving(net), {name: moving(own) for name, own in self.nets.items()}
 
-    def update(self, net: nn.Module, step: int) -> None:
-        """After an update, of which ``step`` were before."""
+    def update(self, step: int) -> None:
+        """After an update of the network, of which ``step`` were before."""
         for decay in self.decays:
-            follow(self.nets[str(decay)], net, min(decay, (1 + step) / (10 + step)))
+            move(self._parts[str(decay)], self._from, min(decay, (1 + step) / (10 + step)))
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """All averages' weights."""
@@ -64,11 +65,12 @@ class PowerAverages:
     def __init__(self, net: nn.Module, stds: Sequence[float] = (0.05, 0.1)) -> None:
         self.gammas = {f"{std:g}": gamma_of_std(std) for std in stds}
         self.nets = {name: duplicate(net).eval().requires_grad_(False) for name in self.gammas}
+        self._from, self._parts = moving(net), {name: moving(own) for name, own in self.nets.items()}
 
-    def update(self, net: nn.Module, step: int) -> None:
-        """After an update, of which ``step`` were before (eq. 2: ``beta = (1 - 1/t)^(gamma + 1)``)."""
+    def update(self, step: int) -> None:
+        """After an update of the network, of which ``step`` were before (eq. 2: ``beta = (1 - 1/t)^(gamma + 1)``)."""
         for name, gamma in self.gammas.items():
-            follow(self.nets[name], net, (1 - 1 / (step + 1)) ** (gamma + 1))
+            move(self._parts[name], self._from, (1 - 1 / (step + 1)) ** (gamma + 1))
 
 
 def _inner(t: Tensor, g: Tensor, u: Tensor, h: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ..prediction import canonical, coefficients
 from .adapters import conditioned
 from .batch import Batch
 from .prediction import noised, predict, time_of_phi
-from .weights import duplicate, own_parameters
+from .weights import duplicate, moving, own_parameters
 
 log = logging.getLogger(__name__)
 
@@ -290,6 +290,9 @@ class Method:
     @contextmanager
     def training(self, role: str) -> Iterator[nn.Module]:
         """While one role is trained, the others let gradients through but collect none."""
+        if self.trained == (role,):
+            yield self.nets[role]
+            return
         own = {name: own_parameters(self.nets[name]) for name in self.trained}
         for name, parameters in own.items():
             for p in parameters:
@@ -324,10 +327,14 @@ def pseudo_huber(error: Tensor, c: float | None = None) -> Tensor:
     return torch.sqrt(flat.square().sum(dim=1) + scale**2) - scale
 
 
-@torch.no_grad()
 def follow(average: nn.Module, net: nn.Module, decay: float) -> None:
     """One step of an exponential moving average; buffers are copied."""
-    own, new = ([p.detach() for p in own_parameters(n)] for n in (average, net))
-    torch._foreach_lerp_(own, new, 1 - decay)
-    for a, b in zip(average.buffers(), net.buffers(), strict=True):
+    move(moving(average), moving(net), decay)
+
+
+@torch.no_grad()
+def move(average: tuple[Any, Any], net: tuple[Any, Any], decay: float) -> None:
+    """The same for what :func:`fastsample.distill.weights.moving` gave: it need not be looked for in every update."""
+    torch._foreach_lerp_(average[0], net[0], 1 - decay)
+    for a, b in zip(average[1], net[1], strict=True):
         a.copy_(b)

@@ -22,7 +22,8 @@ def column(values: Tensor, like: Tensor) -> Tensor:
 
 def noised(process: Process, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """``x_t = alpha(t) x_0 + sigma(t) eps`` at times (B,), float64 on the CPU."""
-    return column(process.alpha(t), x0) * x0 + column(process.sigma(t), x0) * eps
+    alpha, sigma, _ = process._look_up(t)
+    return column(alpha, x0) * x0 + column(sigma, x0) * eps
 
 
 def time_of_rho(process: Process, rho: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def predict(
     """
     process = denoiser.process
     t = process.snap(t)
-    alpha, sigma = process.alpha(t), process.sigma(t)
+    alpha, sigma, _ = process._look_up(t)
     p, q = coefficients(denoiser.prediction, alpha, sigma, space)
     told = denoiser.told(process.network_time(t)).to(x.device, denoiser.time_dtype(x.dtype))
     if step is not None:

@@ -15,8 +15,9 @@ from .prediction import column, predict
 
 def ddim_step(process: Process, x: Tensor, x0: Tensor, s: Tensor, t: Tensor) -> Tensor:
     """From times ``s`` to ``t`` (B,) with the clean sample held (Song, Meng & Ermon 2021, eq. 12, eta = 0)."""
-    ratio = process.sigma(t) / process.sigma(s)
-    return column(ratio, x) * x + column(process.alpha(t) - ratio * process.alpha(s), x) * x0
+    (alpha_s, sigma_s, _), (alpha_t, sigma_t, _) = process._look_up(s), process._look_up(t)
+    ratio = sigma_t / sigma_s
+    return column(ratio, x) * x + column(alpha_t - ratio * alpha_s, x) * x0
 
 
 @torch.no_grad()

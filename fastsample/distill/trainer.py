@@ -271,16 +271,19 @@ class _Run:
         self.power = PowerAverages(method.nets["student"], trainer.power_ema) if trainer.power_ema else None
         self.plain = dict(method.nets)  # before any wrapper
         self.wrapped: dict[str, nn.Module] = {}
+        self.own: dict[str, list[nn.Parameter]] = {}
         self.optimizers: dict[str, Any] = {}
         for role in method.trained:
             net = method.nets[role]
             optimizer = torch.optim.AdamW(
-                [p for p in net.parameters() if p.requires_grad],
+                own_parameters(net),
                 lr=trainer.learning_rate,  # type: ignore[arg-type]
                 betas=trainer.betas,  # type: ignore[arg-type]
                 weight_decay=trainer.weight_decay,
+                fused=True,  # one pass over the weights, on the CPU too
             )
             self.wrapped[role], self.optimizers[role] = self.accelerator.prepare(net, optimizer)
+            self.own[role] = own_parameters(net)
         self.best = Best(folder / "best.safetensors")
         self.evaluation = Evaluation(trainer.metric, trainer.samples, trainer._data, self.device)
         self.step = 0
@@ -408,9 +411,9 @@ class _Run:
                 )
                 losses = self._update(batch)
                 method.after_update(self.step)
-                self.averages.update(self.plain["student"], self.step)
+                self.averages.update(self.step)
                 if self.power is not None:
-                    self.power.update(self.plain["student"], self.step)
+                    self.power.update(self.step)
                 self.step += 1
                 if self.step % trainer.log_every == 0 or self.step == trainer.steps:
                     speed = (self.step - first) * trainer.batch_size / (time.perf_counter() - started)
@@ -446,10 +449,9 @@ class _Run:
                         batch.step,
                         self.micro,
                     )
-            norm = float(
-                self.accelerator.clip_grad_norm_(own_parameters(self.plain[role]), self.trainer.clip) or 0.0
-            )
-            value = float(self.accelerator.reduce(loss, "mean"))
+            clipped = self.accelerator.clip_grad_norm_(self.own[role], self.trainer.clip)
+            # one synchronisation with the device for both
+            value, norm = torch.stack([self.accelerator.reduce(loss, "mean"), clipped]).tolist()
             if not math.isfinite(value) or (not math.isfinite(norm) and self.trainer.precision != "fp16"):
                 what = "loss" if not math.isfinite(value) else "gradient"
                 raise NonFiniteError(
@@ -473,7 +475,7 @@ class _Run:
         with method.training(role) as net:
             for i, rows in enumerate(parts):
                 part = _rows(batch, rows)
-                torch.manual_seed(_mixed(self.seed, batch.step, role, int(part.index[0])))
+                self._seed(_mixed(self.seed, batch.step, role, int(part.index[0])))
                 last = i == len(parts) - 1
                 with nullcontext() if last else accelerator.no_sync(net):
                     with accelerator.autocast():
@@ -488,6 +490,13 @@ class _Run:
                 total += value.detach()
         method.nets = self.plain
         return total
+
+    def _seed(self, seed: int) -> None:
+        """Seed torch's own generators, of which dropout draws: the CPU's and that of the training's device."""
+        # torch.manual_seed also notes down the stack, for good, where CUDA was not initialised
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).manual_seed(seed)
 
     # -- what comes out --------------------------------------------------------------------------------------
 

@@ -29,8 +29,15 @@ def duplicate(net: M) -> M:
 
 def own_parameters(net: nn.Module) -> list[nn.Parameter]:
     """The parameters that are not shared."""
-    shared = {id(p) for p in _base(net)}
-    return [p for p in net.parameters() if id(p) not in shared]
+    modules = _modules(net)
+    shared = {id(p) for module in modules for p in vars(module).get(_BASE, ())}
+    found = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
+    return [p for key, p in found.items() if key not in shared]
+
+
+def moving(net: nn.Module) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """What of a network an average follows: its own parameters and its buffers."""
+    return own_parameters(net), [b for m in _modules(net) for b in m._buffers.values() if b is not None]
 
 
 def own_state(net: nn.Module) -> dict[str, Tensor]:
@@ -48,8 +55,20 @@ def load_own(net: nn.Module, state: dict[str, Any]) -> None:
     net.load_state_dict({**_shared_state(net), **state})
 
 
+def _modules(net: nn.Module) -> list[nn.Module]:
+    """``net.modules()`` without their names, whose making costs more than a small network's update may."""
+    seen: dict[int, nn.Module] = {}
+    waiting = [net]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in seen:
+            seen[id(module)] = module
+            waiting.extend(m for m in reversed(module._modules.values()) if m is not None)
+    return list(seen.values())
+
+
 def _base(net: nn.Module) -> list[nn.Parameter]:
-    return [p for module in net.modules() for p in vars(module).get(_BASE, ())]
+    return [p for module in _modules(net) for p in vars(module).get(_BASE, ())]
 
 
 def _shared_state(net: nn.Module) -> dict[str, Tensor]:

@@ -415,7 +415,7 @@ def test_power_averages_and_their_reconstruction() -> None:
         with torch.no_grad():
             net.weight.fill_(value)
         for average in (averages, direct):
-            average.update(net, step)
+            average.update(step)
         if (step + 1) % 50 == 0:
             for name, kept in averages.nets.items():
                 keys.append((step + 1, float(name)))
