@@ -22,7 +22,11 @@ from fastsample.conf import TuneConfig
 from fastsample.errors import NonFiniteError
 from fastsample.metrics import FeatureExtractor, GroupedMoments, estimate, parse_metric, to_uint8
 from fastsample.metrics.frechet import RELIABLE_RATIO
+from fastsample.tuning import Moments
 from fastsample.tuning import tune as fit
+
+TRAJECTORIES = 256
+_MATCHED_RATIO = 64  # trajectories a feature: the moments of fewer are mostly their own noise
 
 
 def tune(config: TuneConfig) -> list[Path]:
@@ -49,7 +53,17 @@ def tune(config: TuneConfig) -> list[Path]:
         )
         one = draw_labels(config.labels, model.classes, config.seed, torch.arange(1))
         check_conditions(model, () if one is None else ("labels",))
-        select = None if config.select is None else _selection(config, model, device)
+        trajectories, heldout = config.trajectories, config.heldout
+        match = select = None
+        if config.match is not None:
+            judge = _Judge("match", config, model, device)
+            reference = judge.reference.gaussian
+            match = Moments(judge.features, reference.mean, reference.cov, config.match_weight)
+            trajectories = trajectories or max(TRAJECTORIES, _MATCHED_RATIO * judge.dim)
+            heldout = judge.enough(heldout)
+        if config.select is not None:
+            judge = _Judge("select", config, model, device)
+            select, heldout = judge.distance, judge.enough(heldout)
 
     def conditions(index: Tensor) -> dict[str, Any]:
         labels = draw_labels(config.labels, model.classes, config.seed, index.to(device))
@@ -67,10 +81,11 @@ def tune(config: TuneConfig) -> list[Path]:
                 start=config.start,
                 end=config.end,
                 conditions=conditions,
-                trajectories=config.trajectories,
-                heldout=config.heldout,
+                trajectories=trajectories,
+                heldout=heldout,
                 reference_steps=config.reference_steps,
                 objective=config.objective,
+                match=match,
                 select=select,
                 free=config.free,
                 constraints=config.constraints,
@@ -90,25 +105,36 @@ def tune(config: TuneConfig) -> list[Path]:
     return [out / f"tuned-{n}.json" for n in plans]
 
 
-def _selection(config: TuneConfig, model: Model, device: torch.device) -> Any:
-    """The Frechet distance of the held-out samples to the training images."""
-    assert config.select is not None
-    name = parse_metric(config.select)
-    source = config.train or embedded_data(config.model)[0]
-    if source is None:
-        raise ValueError(f"select={config.select}: images to compare with are needed; give train=FOLDER")
-    extractor = FeatureExtractor(name.extractor, device=device)
-    dim = extractor.dim(model.shape)
-    if (config.heldout or 0) < RELIABLE_RATIO * dim:
-        raise ValueError(
-            f"select={config.select} has {dim} features: heldout={RELIABLE_RATIO * dim} samples are needed, "
-            f"not {config.heldout}"
-        )
-    reference = load_images(source, model.shape).reference(extractor, Path(config.out) / "statistics", 500)
+class _Judge:
+    """An extractor's features, and their moments over the training images."""
 
-    def distance(x: Tensor) -> float:
-        moments = GroupedMoments(dim)
-        moments.update(extractor(to_uint8(x)), range(len(x)))
-        return estimate(moments, reference).value
+    def __init__(self, option: str, config: TuneConfig, model: Model, device: torch.device) -> None:
+        wanted = getattr(config, option)
+        name = parse_metric(wanted)
+        source = config.train or embedded_data(config.model)[0]
+        if source is None:
+            raise ValueError(f"{option}={wanted}: images to compare with are needed; give train=FOLDER")
+        self.said = f"{option}={wanted}"
+        self.extractor = FeatureExtractor(name.extractor, device=device)
+        self.dim = self.extractor.dim(model.shape)
+        images = load_images(source, model.shape)
+        self.reference = images.reference(self.extractor, Path(config.out) / "statistics", 500)
 
-    return distance
+    def enough(self, heldout: int | None) -> int:
+        """The number of held-out samples: as given, or as many as a reliable distance needs."""
+        needed = RELIABLE_RATIO * self.dim
+        if heldout is not None and heldout < needed:
+            raise ValueError(
+                f"{self.said} has {self.dim} features: heldout={needed} samples are needed, not {heldout}"
+            )
+        return heldout or needed
+
+    def features(self, x: Tensor) -> Tensor:
+        """Of samples in [-1, 1], as 8-bit images."""
+        return self.extractor(to_uint8(x))
+
+    def distance(self, x: Tensor) -> float:
+        """The Frechet distance of samples in [-1, 1]."""
+        moments = GroupedMoments(self.dim)
+        moments.update(self.features(x), range(len(x)))
+        return estimate(moments, self.reference).value

@@ -186,7 +186,13 @@ class TuneConfig:
         "Frechet metric of the held-out samples that decides which iteration is the result: fd-digits, ...; "
         "null: the objective.",
     )
-    train: str | None = option(None, "Images for select=, as in fastsample bench.")
+    match: str | None = option(
+        None,
+        "Frechet metric whose features' moments the samples shall have, beside a small error: fd-digits, ...; "
+        "null: the error alone.",
+    )
+    match_weight: float = option(1.0, "How much match= counts beside the error, both relative to the start's.")
+    train: str | None = option(None, "Images for select= and match=, as in fastsample bench.")
     free: list[str] = option(["grid", "coefficients", "time"], "What is tuned.")
     constraints: list[str] = option([], "consistency: rows stay exact for constant predictions.")
     history: int = option(4, "Predictions that a row may read.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .fit import tune
+from .moments import Moments
 from .report import changes
 
-__all__ = ["changes", "tune"]
+__all__ = ["Moments", "changes", "tune"]

@@ -24,6 +24,7 @@ from ..plan import Plan, RowValues, write_atomically
 from ..process import as_time
 from ..sampler import Sampler
 from .levenberg import Linearised, State, begin, minimise
+from .moments import Moments, summed_changes, summed_moments
 from .objective import Errors, Features, Objective
 from .reference import Batch, Conditions, Trajectories
 from .report import notes
@@ -33,6 +34,7 @@ from .table import FREE, Table
 STARTS = ("auto", "exp_adams", "dpmpp_2m", "unipc", "deis", "ddim")
 
 _FINE = 0.03  # difference quotients move the samples by this share of their error
+_MATCHED = 0.1  # where features are of 8-bit images: a difference has to change many pixels' values
 _COARSE = 3e-3  # the least relative displacement for networks in 16 bits
 
 Select = Callable[[Tensor], float]
@@ -83,6 +85,7 @@ def tune(
     reference_steps: int = 100,
     objective: str = "huber",
     features: Features | None = None,
+    match: Moments | None = None,
     select: Select | None = None,
     free: Sequence[str] = FREE,
     constraints: Sequence[str] = (),
@@ -120,6 +123,8 @@ def tune(
         objective: "huber" (mean over samples of a pseudo-Huber loss, on the scale of the start's median
             error) or "rmse".
         features: a function of samples (B, ...); its outputs are compared instead of the samples.
+        match: moments of features (the data's) that the samples shall have beside their small error; solvers
+            of one error can differ much in these. It needs many trajectories: 24 and more a feature.
         select: a function of the held-out samples (B, ...), such as a Frechet distance, whose least value
             decides which iteration is the result; by default the objective on held-out noise.
         free: of "grid", "coefficients" and "time" (told to the network, apart from the solver's).
@@ -128,7 +133,7 @@ def tune(
         history: each row may read so many of the newest predictions.
         relax: the starting noise of the trajectories that are fitted may move by so much (root mean square,
             in units of the noise) towards where the plan meets the solution (LD3: Tong et al. 2024, eq. 10;
-            here by one projected Gauss-Newton step). Needs a network that gradients pass.
+            here by one projected Gauss-Newton step). Needs a network that gradients pass; not with ``match``.
         regularization: weight of the squared (relative) change of the numbers against the start's objective.
         iterations, patience: at most so many, and so many without held-out progress.
         budget: seconds, "5 min" or "100000 evaluations", for each number of steps, after the trajectories.
@@ -174,6 +179,10 @@ def tune(
             raise ValueError(f"{name}={weight!r} must be at least 0")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype={dtype} cannot hold the state; use torch.float32 (the network has its own)")
+    if relax and match is not None:
+        raise ValueError(
+            f"relax={relax} moves the noise of which match= takes the samples' moments; use one of them"
+        )
     limit = Budget.parse(budget)
     goal = Objective(objective, features=features)
     made = Trajectories(
@@ -200,10 +209,11 @@ def tune(
         "regularization": regularization,
         "iterations": iterations,
         "patience": patience,
+        **({} if match is None else {"match": match.key}),
     }
     plans = {}
     for n in several:
-        fitted = _Fit(denoiser, made, ranges, goal, select, settings, limit, folder, progress)
+        fitted = _Fit(denoiser, made, ranges, goal, match, select, settings, limit, folder, progress)
         plans[n] = fitted.run(n, start, end)
     return plans[steps] if isinstance(steps, int) else plans
 
@@ -217,6 +227,7 @@ class _Fit:
         made: Trajectories,
         ranges: tuple[range, range],
         objective: Objective,
+        match: Moments | None,
         select: Select | None,
         settings: dict[str, Any],
         budget: Budget,
@@ -225,7 +236,8 @@ class _Fit:
     ) -> None:
         self.denoiser, self.made, self.settings, self.budget = denoiser, made, settings, budget
         self.training, self.unseen = ranges
-        self.objective, self.select = objective, select
+        self.objective, self.match, self.select = objective, match, select
+        self.match_weight = 0.0  # in units of the objective; known with the start
         self.folder = None if folder is None else Path(folder)
         self.progress = progress
         self.evaluations = 0
@@ -235,16 +247,26 @@ class _Fit:
     def errors_of(self, plan: Plan, samples: range, relaxed: bool = False) -> Errors:
         """The errors of a plan on some trajectories; ``relaxed``: from where their noise may move to."""
         e = torch.zeros(len(samples), dtype=torch.float64)
+        sums = self._no_moments()
         for batch in self.made.batches(samples, rank_and_size()):
             batch = self._relaxed(plan, batch) if relaxed else batch
             own = slice(batch.first - samples.start, batch.first - samples.start + len(batch.noise))
-            e[own] = self._residual(self._rollout(plan, batch)[0][-1], batch).square().mean(dim=1).cpu()
+            x = self._rollout(plan, batch)[0][-1]
+            e[own] = self._residual(x, batch).square().mean(dim=1).cpu()
+            if self.match is not None:
+                sums += summed_moments(self.match.of(x))
         e = summed(e)
         if not bool(torch.isfinite(e).all()):
             return Errors(math.inf, math.inf, math.inf)
-        return Errors(
-            float(self.objective.losses(e).mean()), float(e.mean().sqrt()), float(e.sqrt().median())
-        )
+        loss, moments = float(self.objective.losses(e).mean()), None
+        if self.match is not None:
+            moments = float(self.match.residual(summed(sums)).square().sum())
+            loss += self.match_weight * moments
+        return Errors(loss, float(e.mean().sqrt()), float(e.sqrt().median()), moments)
+
+    def _no_moments(self) -> Tensor:
+        d = 0 if self.match is None else len(self.match.mean)
+        return torch.zeros(1 + d + d * d, dtype=torch.float64)
 
     def errors(self, theta: Tensor) -> Errors:
         try:
@@ -269,10 +291,12 @@ class _Fit:
         hessian = torch.zeros(size, size, dtype=torch.float64)
         gradient, squares = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
         sums = torch.zeros(3, dtype=torch.float64)
+        moments, changes = self._no_moments(), self._no_moments()[1:].repeat(size, 1)
         for batch in self.made.batches(self.training, rank_and_size()):
             batch = self._relaxed(plan, batch)
             states, predictions, run = self._rollout(plan, batch)
             r = self._residual(states[-1], batch)
+            f = None if self.match is None else self.match.of(states[-1])
             e = r.square().mean(dim=1)
             root = self.objective.weights(e).sqrt()[:, None] / math.sqrt(r.shape[1])
             columns = torch.zeros(size, *r.shape, dtype=torch.float64, device=r.device)
@@ -280,6 +304,10 @@ class _Fit:
                 if other is not None:
                     moved = self._again(plan, other, states, predictions, run)
                     columns[i] = (self.objective.seen(moved) - r - self._target(batch)) / h
+                    if self.match is not None and f is not None:
+                        changes[i] += summed_changes(f, (self.match.of(moved) - f) / h)
+            if f is not None:
+                moments += summed_moments(f)
             squares += columns.square().mean(dim=2).sum(dim=1).cpu()
             flat = (columns * root).flatten(1)
             hessian += (flat @ flat.T).cpu()
@@ -287,14 +315,16 @@ class _Fit:
             sums += torch.stack([self.objective.losses(e).sum(), e.sum(), e.new_tensor(len(e))]).cpu()
         packed = summed(torch.cat([hessian.flatten(), gradient, squares, sums]))
         hessian, gradient, squares, sums = packed.split([size * size, size, size, 3])
-        loss, square, count = sums.tolist()
-        return Linearised(
-            loss / count,
-            hessian.view(size, size) / count,
-            gradient / count,
-            (squares / count).sqrt(),
-            math.sqrt(square / count),
-        )
+        total, square, count = sums.tolist()
+        loss, hessian, gradient = total / count, hessian.view(size, size) / count, gradient / count
+        if self.match is not None:
+            both = summed(torch.cat([moments, changes.flatten()]))
+            moments, changes = both[: len(moments)], both[len(moments) :].view_as(changes)
+            residual, jacobian = self.match.residual(moments), self.match.jacobian(moments, changes)
+            loss += self.match_weight * float(residual.square().sum())
+            hessian = hessian + self.match_weight * jacobian @ jacobian.T
+            gradient = gradient + self.match_weight * jacobian @ residual
+        return Linearised(loss, hessian, gradient, (squares / count).sqrt(), math.sqrt(square / count))
 
     def _displaced(self, theta: Tensor, i: int, h: float) -> tuple[Plan | None, float]:
         """A plan with one parameter moved, by ``h`` or the other way, and by how much."""
@@ -394,6 +424,9 @@ class _Fit:
         # the scale from the training samples: held-out ones decide nothing but the selection
         scale = self.errors_of(chosen, self.training).median
         self.objective = replace(self.objective, c=2 * max(scale, 1e-9))
+        if self.match is not None:
+            at_start = self.errors_of(chosen, self.training)
+            self.match_weight = self.match.weight * at_start.loss / max(at_start.moments or 0.0, 1e-30)
         process = self.denoiser.process
         keys = ("history", "free", "constraints", "bound")
         self.table = Table(chosen, process, **{k: self.settings[k] for k in keys})
@@ -423,7 +456,7 @@ class _Fit:
                 state,
                 on_iteration,
                 smallest=smallest,
-                relative=1.0 if coarse else _FINE,
+                relative=1.0 if coarse else _FINE if self.match is None else _MATCHED,
                 regularization=self.settings["regularization"] * reference_loss,
                 patience=self.settings["patience"],
                 iterations=self.settings["iterations"],
@@ -434,7 +467,12 @@ class _Fit:
         batch = (len(self.training) + len(self.unseen)) * best.nfe
         record = {
             "trajectories": self.made.key,
-            **{f"{name}_{k}": v for name, e in _named(before, *after) for k, v in asdict(e).items()},
+            **{
+                f"{name}_{k}": v
+                for name, e in _named(before, *after)
+                for k, v in asdict(e).items()
+                if v is not None
+            },
             "reference_error": self.made.error,
             "evaluations": spent,
             "evaluations_per_batch": spent / batch,

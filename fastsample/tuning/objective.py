@@ -57,11 +57,13 @@ class Errors:
         loss: the objective.
         rmse: over everything.
         median: over samples, of each sample's root mean square error.
+        moments: the squares of ``match=``, where it is given.
     """
 
     loss: float
     rmse: float
     median: float
+    moments: float | None = None
 
     @property
     def finite(self) -> bool:

@@ -130,7 +130,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         (["tune", "steps=0"], "steps=0 must be a whole number"),
         (["tune", "objective=rms"], "did you mean 'rmse'"),
-        (["tune", "select=fd-digits"], "heldout=576 samples are needed"),
+        (["tune", "select=fd-digits", "heldout=100"], "heldout=576 samples are needed"),
         (["bench", "solvers=[{plan: missing.json}]"], "no such file"),
         (["bench", "solvers=[{plan: missing.json, eta: 1}]"], "takes no eta"),
         (["tune", "stesp=3"], "did you mean 'steps'"),
@@ -142,3 +142,12 @@ def test_bad_commands(
     with pytest.raises(SystemExit):
         main([*arguments, f"out={tmp_path / 'out'}"])
     assert message in capsys.readouterr().err
+
+
+def test_the_command_matches_the_metrics_moments(tmp_path: Path) -> None:
+    """As many held-out samples as the distance needs; the moments are in the record."""
+    settings = ["steps=3", "iterations=1", "trajectories=64", "reference_steps=20", "threads=1"]
+    main(["tune", "match=fd-digits", *settings, f"out={tmp_path}"])
+    record = fs.Plan.load(tmp_path / "tuned-3.json").options["record"]
+    assert record["match"][1] == 1.0
+    assert record["heldout_moments"] > 0
