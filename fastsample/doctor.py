@@ -41,6 +41,7 @@ _OPTIONAL = {
     "transformers": "text encoders of pipelines: pip install 'fastsample[diffusers]'",
     "peft": "LoRA students: pip install 'fastsample[peft]'",
     "tensorboard": "pip install 'fastsample[tensorboard]'",
+    "k-diffusion": "its samplers beside ours: pip install k-diffusion",
 }
 _NEEDED = (
     "torch",
@@ -104,7 +105,7 @@ def _kernels() -> list[Finding]:
 
 
 def _metrics() -> list[Finding]:
-    from .metrics import FeatureExtractor, metric_names, parse_metric
+    from .metrics import FeatureExtractor, dinov2, metric_names, parse_metric
     from .metrics.extractors import inception_file
 
     found = []
@@ -117,14 +118,39 @@ def _metrics() -> list[Finding]:
                 else f"its weights are not at {file}; they are fetched at first use"
             )
             found.append(Finding("metric fid", file.is_file(), why))
+            found.append(
+                Finding("metrics kid, precision, recall, isc", file.is_file(), "the weights of fid")
+            )
         elif name == "fd-digits":
             extractor = FeatureExtractor(parse_metric(name).extractor)
             found.append(Finding(f"metric {name}", True, f"{extractor.dim((1, 8, 8))} features, embedded"))
+        elif parse_metric(name).extractor.startswith(dinov2.PREFIX):
+            try:
+                weights = dinov2.find(parse_metric(name).extractor)[1]
+                found.append(Finding(f"metric {name}", True, str(weights)))
+            except FileNotFoundError as error:
+                found.append(Finding(f"metric {name}", False, str(error)))
         else:
             found.append(
                 Finding(f"metric {name}", False, "not looked at: torch-fidelity fetches its weights")
             )
-    return found
+    return [
+        *found,
+        Finding("metrics kd-, precision-, recall-NAME", True, "where fd-NAME works"),
+        Finding("metrics swd, psnr", True, "they need no weights"),
+        Finding(
+            "metrics cmmd, clip-score", False, "not looked at: weights.clip=FOLDER of transformers' CLIP"
+        ),
+    ]
+
+
+def _energy() -> Finding:
+    import torch
+
+    from .bench.cost import EnergyMeter
+
+    why = EnergyMeter(torch.device("cuda" if torch.cuda.is_available() else "cpu")).why
+    return Finding("energy", why is None, why or "NVML's counter")
 
 
 def _models() -> list[Finding]:
@@ -138,4 +164,4 @@ def examine() -> Examination:
     findings = [_package(name, "pip install fastsample") for name in _NEEDED]
     findings += [_package(name, remedy) for name, remedy in _OPTIONAL.items()]
     findings.append(_package("triton", "the kernels need it: pip install triton (Linux)"))
-    return Examination((*findings, *_devices(), *_kernels(), *_metrics(), *_models()))
+    return Examination((*findings, *_devices(), _energy(), *_kernels(), *_metrics(), *_models()))

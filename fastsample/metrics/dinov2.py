@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["PREFIX", "load"]
+__all__ = ["PREFIX", "find", "load"]
 
 PREFIX = "dinov2-"
 _URL = "https://dl.fbaipublicfiles.com/dinov2"
@@ -35,6 +35,26 @@ def load(name: str, layers: list[str], folder: str | os.PathLike[str] | None = N
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.feature_extractor_dinov2 import MODEL_METADATA, FeatureExtractorDinoV2
 
+    clone, weights = find(name, folder)
+
+    class Local(FeatureExtractorDinoV2):
+        def __init__(self, model: nn.Module) -> None:
+            FeatureExtractorBase.__init__(self, name, layers)  # its own constructor downloads
+            self.feature_extractor_internal_dtype = torch.float32
+            self.model = model
+
+    os.environ["XFORMERS_DISABLED"] = "1"  # as torch-fidelity: the same features whatever is installed
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="xFormers is")
+        model: Any = torch.hub.load(str(clone), MODEL_METADATA[name], source="local", pretrained=False)
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return Local(model).to(torch.float32)
+
+
+def find(name: str, folder: str | os.PathLike[str] | None = None) -> tuple[Path, Path]:
+    """The clone and the weights file that :func:`load` takes; same arguments and errors."""
+    from torch_fidelity.feature_extractor_dinov2 import MODEL_METADATA
+
     entry = MODEL_METADATA[name]
     hub = Path(torch.hub.get_dir())
     clone = hub / "facebookresearch_dinov2_main" if folder is None else Path(folder)
@@ -46,16 +66,4 @@ def load(name: str, layers: list[str], folder: str | os.PathLike[str] | None = N
             "git clone https://github.com/facebookresearch/dinov2, "
             f"put {_URL}/{entry}/{file} into the clone, and give its path: weights.{name}=FOLDER"
         )
-
-    class Local(FeatureExtractorDinoV2):
-        def __init__(self, model: nn.Module) -> None:
-            FeatureExtractorBase.__init__(self, name, layers)  # its own constructor downloads
-            self.feature_extractor_internal_dtype = torch.float32
-            self.model = model
-
-    os.environ["XFORMERS_DISABLED"] = "1"  # as torch-fidelity: the same features whatever is installed
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="xFormers is")
-        model: Any = torch.hub.load(str(clone), entry, source="local", pretrained=False)
-    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return Local(model).to(torch.float32)
+    return clone, weights
