@@ -2,9 +2,9 @@
 
     pytest benchmarks/bench_distill.py -o addopts= --benchmark-enable -s
 
-The bare loop is forward and backward alone, of the same networks on the same batch size: no optimiser, no averages, no
-clipping, no data, no noise. Both are taken in turn, several times; the ratio is that of the medians of their CPU time with
-one thread, which other work on the machine disturbs least.
+The bare loop is forward and backward alone, of the same networks on the same batch size: no optimiser, no averages,
+no clipping, no data, no noise. Both are taken in turn, several times; the ratio is that of the medians of their CPU
+time with one thread, which other work on the machine disturbs least.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def updates_of(trainer: distill.Trainer, folder: Path) -> list[float]:
 
     trainer.method.roles = listening  # type: ignore[method-assign]
     trainer.fit(folder)
-    return [b - a for a, b in zip(at, at[1:], strict=False)]
+    return [b - a for a, b in pairwise(at)]
 
 
 @pytest.mark.parametrize("make", [digits, larger], ids=["8x8", "28x28"])
@@ -196,12 +197,8 @@ def test_overhead(
             once()
             needed.append(time.process_time() - began)
     ratio = statistics.median(spent) / statistics.median(needed)
-    benchmark.extra_info |= {
-        "trainer over bare": ratio,
-        "images/s": period * BATCH / statistics.median(spent),
-    }
+    speed = period * BATCH / statistics.median(spent)
+    benchmark.extra_info |= {"trainer over bare": ratio, "images/s": speed}
     benchmark.pedantic(once, rounds=1)
-    print(
-        f"\n{name} {make.__name__}: {period * BATCH / statistics.median(spent):.0f} images/s, trainer over bare {ratio:.3f}"
-    )
+    print(f"\n{name} {make.__name__}: {speed:.0f} images/s, trainer over bare {ratio:.3f}")
     assert ratio <= LIMIT

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .method import move
-from .weights import duplicate, load_own, moving, own_state
+from .weights import duplicate, moving
 
 
 class Averages:
@@ -25,21 +25,16 @@ class Averages:
             raise ValueError(f"ema={tuple(decays)!r}: give decays in [0, 1), such as (0.99, 0.999)")
         self.decays = tuple(decays)
         self.nets = {str(d): duplicate(net).eval().requires_grad_(False) for d in self.decays}
+        self.follow(net)
+
+    def follow(self, net: nn.Module) -> None:
+        """Look again for what is averaged: after the networks' parameters were replaced (sharded)."""
         self._from, self._parts = moving(net), {name: moving(own) for name, own in self.nets.items()}
 
     def update(self, step: int) -> None:
         """After an update of the network, of which ``step`` were before."""
         for decay in self.decays:
             move(self._parts[str(decay)], self._from, min(decay, (1 + step) / (10 + step)))
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """All averages' weights."""
-        return {name: own_state(net) for name, net in self.nets.items()}
-
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        for name, net in self.nets.items():
-            load_own(net, state[name])
 
 
 def gamma_of_std(std: float) -> float:
@@ -65,6 +60,10 @@ class PowerAverages:
     def __init__(self, net: nn.Module, stds: Sequence[float] = (0.05, 0.1)) -> None:
         self.gammas = {f"{std:g}": gamma_of_std(std) for std in stds}
         self.nets = {name: duplicate(net).eval().requires_grad_(False) for name in self.gammas}
+        self.follow(net)
+
+    def follow(self, net: nn.Module) -> None:
+        """Look again for what is averaged, as in :class:`Averages`."""
         self._from, self._parts = moving(net), {name: moving(own) for name, own in self.nets.items()}
 
     def update(self, step: int) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..denoiser import select
 from ..errors import NonFiniteError, unknown
 from ..identity import outputs_hash
+from . import sharding
 from .batch import Batch
 from .checkpoint import Checkpoints
 from .data import Data, as_data
@@ -231,9 +232,6 @@ class _Run:
     """One training in one folder."""
 
     def __init__(self, trainer: Trainer, folder: Path, resume: bool | None) -> None:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-
         self.trainer, self.folder = trainer, folder
         self.checkpoints = Checkpoints(folder / "checkpoints", trainer.keep)
         if resume and not self.checkpoints.steps():
@@ -246,8 +244,13 @@ class _Run:
             )
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         cpu = trainer.device == "cpu" or (launched and not torch.cuda.is_available())
-        AcceleratorState._reset_state()  # of another training in this process, which had its own precision
-        self.accelerator = Accelerator(mixed_precision=trainer.precision, cpu=cpu)
+        self.accelerator = sharding.accelerator_for(trainer.precision, cpu)
+        self.sharded = bool(self.accelerator.is_fsdp2)
+        if self.sharded and trainer.method.lora is not None:
+            raise ValueError(
+                "lora: the base of LoRA students is shared with the teacher and cannot be sharded; launch without "
+                "FSDP, as DDP"
+            )
         self.device = (
             self.accelerator.device if trainer.device in ("auto", "cpu") else torch.device(trainer.device)
         )
@@ -269,6 +272,8 @@ class _Run:
             net.to(self.device)
         self.averages = Averages(method.nets["student"], trainer.ema)
         self.power = PowerAverages(method.nets["student"], trainer.power_ema) if trainer.power_ema else None
+        # an unsharded network for what one process does alone: measuring and writing the student
+        self.spare = duplicate(method.nets["student"]).eval().requires_grad_(False) if self.sharded else None
         self.plain = dict(method.nets)  # before any wrapper
         self.wrapped: dict[str, nn.Module] = {}
         self.own: dict[str, list[nn.Parameter]] = {}
@@ -284,10 +289,38 @@ class _Run:
             )
             self.wrapped[role], self.optimizers[role] = self.accelerator.prepare(net, optimizer)
             self.own[role] = own_parameters(net)
+        if self.sharded:
+            self._shard_others()
         self.best = Best(folder / "best.safetensors")
         self.evaluation = Evaluation(trainer.metric, trainer.samples, trainer._data, self.device)
         self.step = 0
         self._restore()
+
+    def _shard_others(self) -> None:
+        """Shard what is not trained as well: averages and targets follow the shards of the student."""
+        followers = [a for a in (self.averages, self.power) if a is not None]
+        others = [net for role, net in self.plain.items() if role not in self.method.trained]
+        for net in (*others, *(n for a in followers for n in a.nets.values())):
+            sharding.shard(self.accelerator, net)
+        for average in followers:
+            average.follow(self.plain["student"])
+
+    # -- states, whole ones: in every process, or sharded, in the first --------------------------------------
+
+    def _state(self, net: nn.Module) -> dict[str, Tensor]:
+        return sharding.full_state(net) if self.sharded else own_state(net)
+
+    def _load(self, net: nn.Module, state: dict[str, Tensor]) -> None:
+        (sharding.load_full if self.sharded else load_own)(net, state)
+
+    def _whole(self, net: nn.Module) -> nn.Module:
+        """An average with all its weights, in the first process; all must call this. The next call overwrites it."""
+        if self.spare is None:
+            return net
+        state = sharding.full_state(net)
+        if self.main:
+            self.spare.load_state_dict(state)
+        return self.spare
 
     # -- the folder ------------------------------------------------------------------------------------------
 
@@ -326,19 +359,24 @@ class _Run:
             ) from error
 
     def _restore(self) -> None:
-        found = self.checkpoints.load(self.device)
+        found = self.checkpoints.load("cpu" if self.sharded else self.device)
         if found is None:
             self._truncate(0)
             return
         self.step, state = found
         for name, net in self.plain.items():
-            load_own(net, state["nets"][name])
+            self._load(net, state["nets"][name])
         for role, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][role])
-        self.averages.load_state_dict(state["ema"])
+            own = state["optimizers"][role]
+            if self.sharded:
+                sharding.load_full_optimizer(self.plain[role], optimizer.optimizer, own)
+            else:
+                optimizer.load_state_dict(own)
+        for name, net in self.averages.nets.items():
+            self._load(net, state["ema"][name])
         if self.power is not None:
             for name, net in self.power.nets.items():
-                load_own(net, state["power"][name])
+                self._load(net, state["power"][name])
         self.best.load_state_dict(state["best"])
         if (scaler := self.accelerator.scaler) is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
@@ -366,20 +404,24 @@ class _Run:
 
     def _save(self) -> None:
         self.accelerator.wait_for_everyone()
-        if not self.main:
+        if not self.main and not self.sharded:
             return
         scaler = self.accelerator.scaler
-        self.checkpoints.save(
-            self.step,
-            {
-                "nets": {name: own_state(net) for name, net in self.plain.items()},
-                "optimizers": {role: o.state_dict() for role, o in self.optimizers.items()},
-                "ema": self.averages.state_dict(),
-                "power": {} if self.power is None else {k: own_state(v) for k, v in self.power.nets.items()},
-                "best": self.best.state_dict(),
-                "scaler": {} if scaler is None else scaler.state_dict(),
+        state = {
+            "nets": {name: self._state(net) for name, net in self.plain.items()},
+            "optimizers": {
+                role: sharding.full_optimizer(self.plain[role], o.optimizer)
+                if self.sharded
+                else o.state_dict()
+                for role, o in self.optimizers.items()
             },
-        )
+            "ema": {name: self._state(net) for name, net in self.averages.nets.items()},
+            "power": {} if self.power is None else {k: self._state(v) for k, v in self.power.nets.items()},
+            "best": self.best.state_dict(),
+            "scaler": {} if scaler is None else scaler.state_dict(),
+        }
+        if self.main:
+            self.checkpoints.save(self.step, state)
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -449,7 +491,7 @@ class _Run:
                         batch.step,
                         self.micro,
                     )
-            clipped = self.accelerator.clip_grad_norm_(self.own[role], self.trainer.clip)
+            clipped = self._clipped(role)
             # one synchronisation with the device for both
             value, norm = torch.stack([self.accelerator.reduce(loss, "mean"), clipped]).tolist()
             if not math.isfinite(value) or (not math.isfinite(norm) and self.trainer.precision != "fp16"):
@@ -472,7 +514,9 @@ class _Run:
         parts = [slice(i, min(i + self.micro, len(batch))) for i in range(0, len(batch), self.micro)]
         # only the trained role is synchronised between processes
         method.nets = {**self.plain, role: self.wrapped[role]}
-        with method.training(role) as net:
+        # gathered parameters keep their first requires_grad: the others' gradients are dropped instead
+        switched = nullcontext(self.wrapped[role]) if self.sharded else method.training(role)
+        with switched as net:
             for i, rows in enumerate(parts):
                 part = _rows(batch, rows)
                 self._seed(_mixed(self.seed, batch.step, role, int(part.index[0])))
@@ -489,7 +533,21 @@ class _Run:
                     accelerator.backward(value)
                 total += value.detach()
         method.nets = self.plain
+        if self.sharded:
+            for other in self.plain.values():
+                sharding.reshard(other)
+            for name, optimizer in self.optimizers.items():
+                if name != role:
+                    optimizer.zero_grad(set_to_none=True)
         return total
+
+    def _clipped(self, role: str) -> Tensor:
+        """Clip the gradient of a role; its norm."""
+        if not self.sharded:
+            return self.accelerator.clip_grad_norm_(self.own[role], self.trainer.clip)
+        self.accelerator.unscale_gradients()
+        norm: Any = torch.nn.utils.clip_grad_norm_(self.own[role], self.trainer.clip)
+        return norm.full_tensor()  # of a DTensor
 
     def _seed(self, seed: int) -> None:
         """Seed torch's own generators, of which dropout draws: the CPU's and that of the training's device."""
@@ -514,36 +572,49 @@ class _Run:
         )
 
     def _evaluate(self) -> dict[str, Any]:
-        if not self.main:
+        from safetensors.torch import save
+
+        from ..plan import write_atomically
+
+        if not self.main and not self.sharded:
             return {}
         trainer = self.trainer
         results: dict[str, Any] = {}
-        for name, net in self.averages.nets.items():
-            student = self.student(net)
+        for name, average in self.averages.nets.items():
             if self.evaluation.metric is None:
                 continue
+            net = self._whole(average)
+            if not self.main:
+                continue
+            student = self.student(net)
             distances = {k: self.evaluation.distance(student, k).value for k in student.steps}
             results |= {f"{trainer.metric}.ema{name}.{k}": v for k, v in distances.items()}
             self.best.offer(sum(distances.values()) / len(distances), self.step, name, net)
         if self.evaluation.metric is None:
             # the longest average that the training has filled
             name = list(self.averages.nets)[-1]
+            net = self._whole(self.averages.nets[name])
             self.best.value = None
-            self.best.offer(0.0, self.step, name, self.averages.nets[name])
-        self.evaluation.pictures(
-            self.student(self.averages.nets[self.best.average or name]),
-            self.folder / "samples" / f"{self.step:08d}.png",
-        )
-        if self.power is not None:
-            from safetensors.torch import save
-
-            from ..plan import write_atomically
-
-            for std, net in self.power.nets.items():
-                write_atomically(
-                    self.folder / "snapshots" / f"{self.step:08d}-{std}.safetensors", save(weights(net))
-                )
+            if self.main:
+                self.best.offer(0.0, self.step, name, net)
+        shown = self._agreed(self.best.average or name)
+        net = self._whole(self.averages.nets[shown])
+        if self.main:
+            self.evaluation.pictures(self.student(net), self.folder / "samples" / f"{self.step:08d}.png")
+        for std, average in ({} if self.power is None else self.power.nets).items():
+            net = self._whole(average)
+            if self.main:
+                file = self.folder / "snapshots" / f"{self.step:08d}-{std}.safetensors"
+                write_atomically(file, save(weights(net)))
         return results
+
+    def _agreed(self, value: Any) -> Any:
+        """What the first process says, in all that are here."""
+        if not self.sharded:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
 
     def finish(self) -> Student:
         """The best student, measured, in its folder."""
@@ -553,7 +624,7 @@ class _Run:
 
         trainer, folder = self.trainer, self.folder
         self.accelerator.wait_for_everyone()
-        net = duplicate(next(iter(self.averages.nets.values())))
+        net = duplicate(next(iter(self.averages.nets.values())) if self.spare is None else self.spare)
         load_own(net, load_file(self.best.file))
         student = self.student(net.eval())
         if not self.main:

@@ -70,7 +70,7 @@ def final_state(folder: Path, step: int) -> dict[str, Any]:
 def flat(value: Any, name: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
         return {k: v for key, inner in value.items() for k, v in flat(inner, f"{name}/{key}").items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return {k: v for i, inner in enumerate(value) for k, v in flat(inner, f"{name}/{i}").items()}
     return {name: value}
 
