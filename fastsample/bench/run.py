@@ -30,7 +30,7 @@ from fastsample.bench.cells import Cell, DamagedCell, digest
 from fastsample.bench.claims import claimed
 from fastsample.bench.conditions import Conditions, conditions_of, read_prompts
 from fastsample.bench.cost import EnergyMeter, PeakMemory, network_flops
-from fastsample.bench.data import ImageSet, embedded_data, load_images
+from fastsample.bench.data import ImageSet, embedded_data, embedded_metrics, load_images
 from fastsample.bench.errors import DISK_FULL, UserError, checking
 from fastsample.bench.measures import Accumulator, Batch, Measure, Wanted, prepare, wanted
 from fastsample.bench.model import (
@@ -261,6 +261,8 @@ class _Job:
             if used is not None:
                 joules += (energy.joules() or 0.0) - used
             x = self.model.images(x)
+            if cell.reference and i == rank:
+                _check_range(self.model.name, x)
             quantised = to_uint8(x)
             batch = Batch(
                 quantised,
@@ -502,8 +504,7 @@ def _check_numbers(config: BenchConfig) -> None:
 
 
 def _metrics(config: BenchConfig) -> list[Wanted]:
-    embedded = embedded_data(config.model) != (None, None)
-    names = config.metrics if config.metrics is not None else ["fd-digits"] if embedded else []
+    names = config.metrics if config.metrics is not None else embedded_metrics(config.model)
     return wanted(names, config.n, config.feature_samples, config.reference.n)
 
 
@@ -522,6 +523,21 @@ def _weights(config: BenchConfig) -> dict[str, str]:
     if config.inception_weights is not None:
         weights[frechet_metrics()["fid"]] = config.inception_weights
     return weights
+
+
+def _check_range(model: str, images: Tensor) -> None:
+    """Check converged samples: images in [0, 1] or [0, 255] would be measured as others than they are.
+
+    Raises:
+        UserError: more than 5% of the values are beyond 1.5, or no value of 16 images is below 0.
+    """
+    low, high = float(images.min()), float(images.max())
+    beyond = float((images.abs() > 1.5).double().mean())
+    if beyond > 0.05 or (len(images) >= 16 and low >= 0 and high <= 1.01):
+        raise UserError(
+            f"model={model}: its converged samples lie in [{low:.3g}, {high:.3g}]; images in [-1, 1] are needed. Say "
+            "how samples become images: fs.wrap(..., decode=lambda x: x * 2 - 1) for [0, 1]"
+        )
 
 
 def _square_error(x: Tensor, solution: Tensor) -> Tensor:

@@ -112,6 +112,14 @@ def make_nan() -> fs.Denoiser:
     return fs.wrap(NanNet(process, 0.2), process, prediction="eps", sample_shape=SHAPE)
 
 
+def make_bright(scale: float = 0.5, shift: float = 0.5) -> fs.Denoiser:
+    """Its samples are images times ``scale`` plus ``shift``: in another range than [-1, 1]."""
+    process = fs.VP.linear()
+    net = GaussianNet(process, 0.05 * scale)
+    net.mean = net.mean * scale + shift  # type: ignore[has-type]
+    return fs.wrap(net, process, prediction="eps", sample_shape=SHAPE)
+
+
 def make_nonsense() -> int:
     """Not a model."""
     return 3

@@ -127,7 +127,9 @@ def test_numbers() -> None:
 
 @pytest.fixture
 def run(settings: Callable[..., BenchConfig]) -> Path:
-    return bench(settings(images=4), command="fastsample bench out='<b>&'").parent
+    return bench(
+        settings(images=4, metrics=["fd-blocks", "psnr"]), command="fastsample bench out='<b>&'"
+    ).parent
 
 
 def test_csv_and_json_agree(run: Path) -> None:
@@ -184,6 +186,14 @@ addEventListener("load", () => {
   const before = document.querySelector("#chart-nfe path.mark").getAttribute("d");
   document.querySelectorAll("#split-choice button")[1].click();
   result.moved = document.querySelector("#chart-nfe path.mark").getAttribute("d") !== before;
+  const metric = document.querySelectorAll("#metric-choice button")[1];
+  metric.click();
+  result.metric = [metric.textContent, document.getElementById("direction").textContent];
+  result.splits = count("#split-choice button");
+  result.scores = count("#chart-nfe .error");
+  result.scoreTick = document.querySelector("#chart-nfe text").textContent;
+  document.querySelectorAll("#metric-choice button")[0].click();
+  result.splitsAgain = count("#split-choice button");
   document.querySelector("#legend button").click();
   result.marksLeft = count("#chart-nfe .mark");
   result.rowsLeft = count("#samples .row[data-label]");
@@ -248,6 +258,9 @@ def test_the_report_in_a_browser(run: Path, tmp_path: Path, width: int) -> None:
     assert (result["marks"], result["bars"], result["charts"], result["rows"]) == (4, 4, 4, 5)
     assert result["pictures"] == 3 * 4
     assert result["moved"]
+    assert result["metric"] == ["psnr-400", "Higher"]
+    assert (result["splits"], result["scores"], result["splitsAgain"]) == (0, 4, 2)
+    assert 20 < float(result["scoreTick"]) < 30  # decibels on a linear axis
     assert (result["marksLeft"], result["rowsLeft"]) == (2, 1)
     assert (result["sorted"], result["first"]) == ("descending", "dpmpp_2m")
     assert result["budget"] == "4"

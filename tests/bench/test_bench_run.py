@@ -1,8 +1,10 @@
 """The harness: what a cell holds, that it is never done twice, and that errors come before work."""
 
 import errno
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -264,6 +266,37 @@ def test_a_network_that_fails_keeps_what_is_finished(
     assert load(config)["complete"]
 
 
+# -- progress
+
+
+class Terminal(io.StringIO):
+    """A stderr that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_one_bar_for_the_whole_run_on_a_terminal(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    bench(settings(batch=50))
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    last = [line for line in re.split(r"[\r\n]", text) if "cells" in line][-1]
+    assert "5/5 cells" in last
+    assert re.search(r"[\d.e+]+ images/s", last)
+    assert re.search(r"\d:\d\d:\d\d +\d:\d\d:\d\d", last)  # elapsed, remaining
+    assert "dpmpp_2m, 8 evaluations" in last
+
+
+def test_logs_get_a_line_a_cell(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    bench(settings())
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 + 5
+    assert lines[1].startswith("reference dpmpp_2m: 40 evaluations, seed 0, ")
+
+
 # -- errors before any work
 
 
@@ -308,6 +341,19 @@ def test_bad_settings_are_refused_before_any_work(settings: Settings, change: di
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         bench(config)
     assert not (Path(config.out) / "cells").exists()
+
+
+@pytest.mark.parametrize(("scale", "shift", "found"), [(0.5, 0.5, "0"), (127.5, 127.5, "")])
+def test_images_in_another_range_are_refused(
+    settings: Settings, scale: float, shift: float, found: str
+) -> None:
+    model = {"_target_": "gaussian_model.make_bright", "scale": scale, "shift": shift}
+    config = settings(model=model, n=40, metrics=[], train=None, heldout=None)
+    with pytest.raises(
+        UserError, match=rf"converged samples lie in \[{found}.*images in \[-1, 1\] are needed.*decode="
+    ):
+        bench(config)
+    assert not list((Path(config.out) / "cells").glob("*.json"))
 
 
 # -- parts

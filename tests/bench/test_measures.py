@@ -43,7 +43,9 @@ def blocks(images: Tensor) -> Tensor:
 def samples() -> tuple[Tensor, Tensor, Tensor]:
     """Of 30 steps as the run below draws them, of the converged solution, and the training images."""
     denoiser, shape = gaussian_model.make_model(), (400, *gaussian_model.SHAPE)
-    x, exact = (fs.Sampler(denoiser, *way)(shape=shape, seed=0) for way in (("dpmpp_2m", 30), ("dpmpp_2m", 40)))
+    x, exact = (
+        fs.Sampler(denoiser, *way)(shape=shape, seed=0) for way in (("dpmpp_2m", 30), ("dpmpp_2m", 40))
+    )
     return x, exact, to_uint8(denoiser.net.images(200, 7))  # type: ignore[union-attr]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
+METRICS = "metrics=[fd-blocks,kd-blocks,precision-blocks,recall-blocks,swd,psnr]"
 
 
 def launch(out: Path, images: dict[str, str], processes: int) -> dict[str, Any]:
@@ -22,7 +23,8 @@ def launch(out: Path, images: dict[str, str], processes: int) -> dict[str, Any]:
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=29543"]
     settings = [
         *("model._target_=gaussian_model.make_model", "solvers=[ddim,dpmpp_2m]", "nfe=[4,8]"),
-        *("n=430", "batch=50", "images=3", "metrics=[fd-blocks]", "reference.steps=30", "reference.n=120"),
+        "feature_samples=130",
+        *("n=430", "batch=50", "images=3", METRICS, "reference.steps=30", "reference.n=120"),
         *(f"train={images['train']}", f"heldout={images['heldout']}", f"out={out}"),
     ]
     command = [
@@ -47,10 +49,15 @@ def test_two_processes_give_the_result_of_one(images: dict[str, str], tmp_path: 
             assert a[key] == b[key]
         if a is not one["reference"]:
             assert b["rmse"] == pytest.approx(a["rmse"], rel=1e-5)
-        for split in ("train", "heldout"):
-            (x,), (y,) = a["metrics"].values(), b["metrics"].values()
-            assert y[split]["value"] == pytest.approx(x[split]["value"], rel=1e-6, abs=1e-9)
-            assert y[split]["se"] == pytest.approx(x[split]["se"], rel=1e-6)
+        assert list(a["metrics"]) == list(b["metrics"])
+        for x, y in zip(a["metrics"].values(), b["metrics"].values(), strict=True):
+            for split in x:
+                assert (
+                    (x[split] is None) == (y[split] is None) == (a["rmse"] is None and split == "converged")
+                )
+                if x[split] is not None:
+                    assert y[split]["value"] == pytest.approx(x[split]["value"], rel=1e-6, abs=1e-9)
+                    assert y[split]["se"] == pytest.approx(x[split]["se"], rel=1e-5)
     cells = [sorted((tmp_path / str(n) / "cells").glob("*.json")) for n in (1, 2)]
     assert [f.name.rsplit("-", 1)[0] for f in cells[0]] == [f.name.rsplit("-", 1)[0] for f in cells[1]]
     shown = [[json.loads(f.read_text())["result"]["images"] for f in files] for files in cells]

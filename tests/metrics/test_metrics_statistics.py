@@ -1,5 +1,8 @@
 """Streaming grouped moments: the sums are those of the whole set, however it arrives."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -62,6 +65,25 @@ def test_memory_does_not_grow(features: torch.Tensor) -> None:
         moments.update(features, range(start, start + 257))
     assert moments.n == 2570
     assert moments.outer.nbytes + moments.sums.nbytes == size == 8 * 20 * 6 * 7
+
+
+@pytest.mark.slow
+def test_fifty_thousand_samples_at_2048_dimensions_in_constant_memory() -> None:
+    """The process's own peak, in a process of its own: what the sums take and no more."""
+    code = (
+        "import resource, torch\n"
+        "from fastsample.metrics import GroupedMoments\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "moments, generator = GroupedMoments(2048), torch.Generator().manual_seed(0)\n"
+        "for start in range(0, 50_000, 500):\n"
+        "    moments.update(torch.randn(500, 2048, generator=generator), range(start, start + 500))\n"
+        "    if start == 1000: early = peak()\n"
+        "assert moments.n == 50_000\n"
+        "print(early, peak())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    early, late = map(int, done.stdout.split())
+    assert late < early + 20_000  # kilobytes; the samples would be 400,000
 
 
 def test_save_and_load_give_the_same_bits(features: torch.Tensor, tmp_path) -> None:
