@@ -1,9 +1,11 @@
-"""Students of the embedded digits network by every method, with default settings, beside their teacher.
+"""Students of an embedded network by every method, with default settings, beside their teacher.
 
     python benchmarks/distilled.py --out runs/distilled                     # all methods, three seeds: hours
     python benchmarks/distilled.py --methods knowledge ect --seeds 0 --steps 2000
+    python benchmarks/distilled.py --out runs/distilled --table             # writes benchmarks/results/distilled-digits.md
+    python benchmarks/distilled.py --teacher fashion-mnist --batch-size 64 --samples 2000 --out runs/fashion
 
-Killed and started again it goes on. The table is written to benchmarks/results/distilled-digits.md.
+Killed and started again it goes on.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from fastsample import distill
 from fastsample.distill.data import as_data
 from fastsample.distill.evaluation import Evaluation
 from fastsample.distill.student import Student
+from fastsample.zoo import MODELS
 
 TEACHERS = [("auto", k) for k in (1, 4, 5, 8, 16, 35)] + [("unipc", k) for k in (1, 4, 5, 8, 16, 35)]
-SAMPLES = 10_000
 
 
 class _Teacher(Student):
@@ -35,17 +37,17 @@ class _Teacher(Student):
         return fs.Sampler(self.denoiser, self.solver, steps, end="zero")
 
 
-def teacher_table() -> list[str]:
-    denoiser = fs.zoo.load("digits")
-    evaluation = Evaluation("fd-digits", SAMPLES, as_data("digits"), torch.device("cpu"))
-    lines = ["| teacher's solver | evaluations | fd-digits |", "|---|---|---|"]
+def teacher_table(teacher: str, samples: int) -> list[str]:
+    denoiser, entry = fs.zoo.load(teacher), MODELS[teacher]
+    evaluation = Evaluation(entry.metric, samples, as_data(entry.data), torch.device("cpu"))
+    lines = [f"| teacher's solver | evaluations | {entry.metric} |", "|---|---|---|"]
     for solver, steps in TEACHERS:
         found = evaluation.distance(_Teacher(denoiser, solver), steps, seed=1)
         lines.append(f"| `{solver}` | {steps} | {found.value:.3f} ± {found.se:.3f} |")
     return lines
 
 
-def student_rows(out: Path, names: list[str], seeds: list[int]) -> list[str]:
+def student_rows(out: Path, names: list[str], seeds: list[int], metric: str) -> list[str]:
     """The rows of all students that are finished."""
     lines = [
         "| method | updates | seeds | 1 step | 2 steps | 4 steps | minutes |",
@@ -62,7 +64,7 @@ def student_rows(out: Path, names: list[str], seeds: list[int]) -> list[str]:
             if not rows:
                 cells.append("")
                 continue
-            values = [r["fd-digits"] for r in rows]
+            values = [r[metric] for r in rows]
             error = math.sqrt(sum(r["standard error"] ** 2 for r in rows)) / len(rows)
             cells.append(f"{statistics.fmean(values):.3f} ± {error:.3f}")
         minutes = statistics.fmean(float((f / "minutes.txt").read_text()) for f in folders)
@@ -77,21 +79,32 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="+", default=list(distill.METHODS), choices=list(distill.METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--teacher", default="digits", choices=fs.zoo.names())
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=10_000, help="of each distance in the table")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/distilled"))
     parser.add_argument("--table", action="store_true", help="only write the table of what is finished")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    entry = MODELS[args.teacher]
     for seed in [] if args.table else args.seeds:
         for name in args.methods:
             folder = args.out / f"{name}-{seed}"
             if (folder / "manifest.json").exists():
                 continue
             started = time.perf_counter()
-            method = getattr(distill, distill.METHODS[name][1])(fs.zoo.load("digits"))
+            method = getattr(distill, distill.METHODS[name][1])(fs.zoo.load(args.teacher))
             trainer = distill.Trainer(
-                method, "digits", steps=args.steps, seed=seed, metric="fd-digits", device="cpu"
+                method,
+                entry.data,
+                steps=args.steps,
+                batch_size=args.batch_size,
+                seed=seed,
+                metric=entry.metric,
+                final_samples=args.samples,
+                device="cpu",
             )
             student = trainer.fit(folder)
             minutes = (time.perf_counter() - started) / 60
@@ -100,16 +113,17 @@ def main() -> None:
             print(name, seed, student.measured, f"{minutes:.1f} min", f"peak {peak:.0f} MB", flush=True)
     if args.table:
         text = [
-            "# Students of the digits network",
+            f"# Students of the network `{args.teacher}`",
             "",
-            f"`fd-digits` to the training images, {SAMPLES} samples, lower is better; {args.threads} CPU thread, torch "
-            f"{torch.__version__}, {platform.machine()}. Written by `python benchmarks/distilled.py --table`.",
+            f"`{entry.metric}` to the training images, {args.samples} samples, lower is better, with its standard error; "
+            f"batches of {args.batch_size}; {args.threads} CPU thread, torch {torch.__version__}, {platform.machine()}. "
+            f"Written by `python benchmarks/distilled.py --teacher {args.teacher} --table`.",
             "",
-            *student_rows(args.out, list(distill.METHODS), args.seeds),
+            *student_rows(args.out, list(distill.METHODS), args.seeds, entry.metric),
             "",
-            *teacher_table(),
+            *teacher_table(args.teacher, args.samples),
         ]
-        Path("benchmarks/results/distilled-digits.md").write_text("\n".join(text) + "\n")
+        Path(f"benchmarks/results/distilled-{args.teacher}.md").write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":

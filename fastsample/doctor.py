@@ -107,6 +107,7 @@ def _kernels() -> list[Finding]:
 def _metrics() -> list[Finding]:
     from .metrics import FeatureExtractor, dinov2, metric_names, parse_metric
     from .metrics.extractors import inception_file
+    from .zoo.features import EXTRACTORS
 
     found = []
     for name in metric_names():
@@ -121,9 +122,9 @@ def _metrics() -> list[Finding]:
             found.append(
                 Finding("metrics kid, precision, recall, isc", file.is_file(), "the weights of fid")
             )
-        elif name == "fd-digits":
-            extractor = FeatureExtractor(parse_metric(name).extractor)
-            found.append(Finding(f"metric {name}", True, f"{extractor.dim((1, 8, 8))} features, embedded"))
+        elif name in EXTRACTORS:
+            dim = FeatureExtractor(parse_metric(name).extractor).dim(EXTRACTORS[name][1])
+            found.append(Finding(f"metric {name}", True, f"{dim} features, embedded"))
         elif parse_metric(name).extractor.startswith(dinov2.PREFIX):
             try:
                 weights = dinov2.find(parse_metric(name).extractor)[1]

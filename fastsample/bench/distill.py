@@ -16,8 +16,7 @@ from fastsample.bench.model import load_model, resolve_device
 from fastsample.conf import DistillConfig
 from fastsample.distributed import rank_and_size
 from fastsample.errors import NonFiniteError, nearest
-
-_EMBEDDED = {"digits": "digits", "digits-mixture": "digits"}
+from fastsample.zoo import MODELS
 
 
 def distill(config: DistillConfig) -> Path:
@@ -47,7 +46,8 @@ def distill(config: DistillConfig) -> Path:
         settings = dict(vars(config.trainer))
         metric = config.evaluation.metric
         if metric == "auto":
-            metric = "fd-digits" if config.teacher in _EMBEDDED and config.data == "auto" else None
+            own = MODELS.get(config.teacher) if isinstance(config.teacher, str) else None
+            metric = own.metric if own is not None and config.data == "auto" else None
         trainer = methods.Trainer(
             method,
             make_data(config),
@@ -103,8 +103,8 @@ def make_data(config: DistillConfig) -> Any:
             raise ValueError(f"data._target_={config.data['_target_']}: {error}") from error
     if config.data != "auto":
         return config.data
-    if not isinstance(config.teacher, str) or config.teacher not in _EMBEDDED:
+    if not isinstance(config.teacher, str) or config.teacher not in MODELS:
         raise ValueError(
             "data=auto: your own teacher has no data of its own; give data=FOLDER, a name, or null"
         )
-    return _EMBEDDED[config.teacher]
+    return MODELS[config.teacher].data

@@ -142,6 +142,9 @@ class FeatureExtractor:
     ) -> None:
         from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+        from fastsample.zoo.features import register_with_torch_fidelity
+
+        register_with_torch_fidelity()
         if name not in FEATURE_EXTRACTORS_REGISTRY:
             raise unknown("name", name, FEATURE_EXTRACTORS_REGISTRY)
         cls = FEATURE_EXTRACTORS_REGISTRY[name]

@@ -6,6 +6,7 @@ Handwritten Digits", UCI 1998) come with scikit-learn, so nothing is downloaded.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 NUM_CLASSES = 10
 SAMPLE_SHAPE = (1, 8, 8)
+FASHION_SHAPE = (1, 28, 28)
 
 
 def digits(split: Literal["train", "heldout", "all"] = "train") -> tuple[Tensor, Tensor]:
@@ -82,3 +84,8 @@ def fashion_mnist(split: Literal["train", "heldout"] = "train") -> tuple[Tensor,
             f"torchvision.datasets.FashionMNIST({root!r}, download=True) fetches it"
         ) from error
     return raw.data[:, None].float() / 127.5 - 1, raw.targets.long()
+
+
+def images_hash(images: Tensor) -> str:
+    """Digest of uint8 images."""
+    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()

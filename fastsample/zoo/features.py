@@ -1,6 +1,6 @@
-"""A small feature extractor for the digits, the eye of the Fréchet distance ``fd-digits``.
+"""Small feature extractors, the eyes of the Fréchet distances ``fd-digits`` and ``fd-fashion-mnist``.
 
-A classifier trained on the "train" split; its features are the last hidden layer before the non-linearity,
+Each is a classifier trained on the "train" split; its features are the last hidden layer before the non-linearity,
 each with zero mean and unit variance over the training images. There are so few of them that both splits have
 at least 24 images a feature, below which the distance's jackknife error is unreliable.
 """
@@ -14,11 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import NUM_CLASSES, SAMPLE_SHAPE
+from .data import FASHION_SHAPE, NUM_CLASSES, SAMPLE_SHAPE
 from .weights import load_weights
 
 NAME = "fd-digits"
 NUM_FEATURES = 24
+# name in torch-fidelity's registry -> weights file, shape of the images
+EXTRACTORS = {
+    NAME: ("digits_features", SAMPLE_SHAPE),
+    "fd-fashion-mnist": ("fashion_features", FASHION_SHAPE),
+}
 
 
 class Classifier(nn.Module):
@@ -67,19 +72,20 @@ class Classifier(nn.Module):
         return self.classifier(F.gelu(self.features(x)))
 
 
-def to_unit_range(images: Tensor) -> Tensor:
-    """Images as they would be read back from 8-bit files: float32 ``[N, 1, 8, 8]`` in [-1, 1].
+def to_unit_range(images: Tensor, shape: tuple[int, ...] = SAMPLE_SHAPE) -> Tensor:
+    """Images as they would be read back from 8-bit files: float32 ``[N, *shape]`` in [-1, 1].
 
     Args:
-        images: uint8 ``[N, C, 8, 8]`` with C = 1 or 3 (the mean of three is taken), or floats in [-1, 1]
-            ``[N, 1, 8, 8]``, which are clipped and rounded to 8 bits.
+        images: uint8 ``[N, C, H, W]`` with C = 1 or 3 (the mean of three is taken), or floats in [-1, 1]
+            ``[N, 1, H, W]``, which are clipped and rounded to 8 bits.
+        shape: (1, H, W) that the images must have.
 
     Raises:
         ValueError: another shape.
         TypeError: another dtype.
     """
-    if images.ndim != 4 or images.shape[2:] != SAMPLE_SHAPE[1:]:
-        raise ValueError(f"images have shape {tuple(images.shape)}; expected [N, C, 8, 8]")
+    if images.ndim != 4 or images.shape[2:] != shape[1:]:
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected [N, C, {shape[1]}, {shape[2]}]")
     if images.dtype == torch.uint8:
         if images.shape[1] not in (1, 3):
             raise ValueError(f"uint8 images have {images.shape[1]} channels; expected 1 or 3")
@@ -91,69 +97,84 @@ def to_unit_range(images: Tensor) -> Tensor:
     return ((images.to(torch.float32).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
-@functools.cache
-def classifier() -> Classifier:
-    """The trained classifier, in evaluation mode on the CPU; read once."""
-    tensors, config = load_weights("digits_features")
+def read_classifier(name: str = NAME) -> Classifier:
+    """A trained classifier by its extractor's name, in evaluation mode on the CPU."""
+    tensors, config = load_weights(EXTRACTORS[name][0])
     net = Classifier(**config)
     net.load_state_dict(tensors)
     return net.eval().requires_grad_(False)
 
 
-def features(images: Tensor, batch_size: int = 1024) -> Tensor:
+@functools.cache
+def classifier(name: str = NAME) -> Classifier:
+    """As :func:`read_classifier`, read once and shared."""
+    return read_classifier(name)
+
+
+def features(images: Tensor, batch_size: int = 1024, name: str = NAME) -> Tensor:
     """Features of the images for the Fréchet distance.
 
     Args:
         images: as in :func:`to_unit_range`; on any device.
         batch_size: images at a time.
+        name: of the extractor, which decides the images' shape.
 
     Returns:
-        Features, float64 ``[N, 24]`` on the CPU.
+        Features, float64 ``[N, d]`` on the CPU.
 
     Raises:
         ValueError, TypeError: images of another shape or dtype.
     """
-    net = classifier()
-    parts = [net.features(to_unit_range(part.cpu())).double() for part in images.split(batch_size)]
-    return torch.cat(parts)
+    net, shape = classifier(name), EXTRACTORS[name][1]
+    return torch.cat([net.features(to_unit_range(x.cpu(), shape)).double() for x in images.split(batch_size)])
 
 
-def logits(images: Tensor) -> Tensor:
+def logits(images: Tensor, name: str = NAME) -> Tensor:
     """Class logits, float32 ``[N, 10]`` on the CPU; images as in :func:`to_unit_range`."""
-    return classifier()(to_unit_range(images.cpu()))
+    return classifier(name)(to_unit_range(images.cpu(), EXTRACTORS[name][1]))
 
 
-def register_with_torch_fidelity() -> str:
-    """Make the extractor known to torch-fidelity, once however often it is called.
+def register_with_torch_fidelity() -> list[str]:
+    """Make the extractors known to torch-fidelity, once however often it is called.
 
     Returns:
-        The name for ``torch_fidelity.calculate_metrics(feature_extractor=...)``; and its one layer's.
+        The names for ``torch_fidelity.calculate_metrics(feature_extractor=...)``; each is its one layer's too.
     """
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
-    class FeatureExtractorDigits(FeatureExtractorBase):
-        """The digits classifier's features, float32, for uint8 images ``[B, 3, 8, 8]``."""
+    for name in EXTRACTORS:
+        if name not in FEATURE_EXTRACTORS_REGISTRY:
+            register_feature_extractor(name, _extractor(name))
+    return list(EXTRACTORS)
+
+
+def _extractor(own: str) -> type:
+    """The class that torch-fidelity takes."""
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    shape = EXTRACTORS[own][1]
+
+    class FeatureExtractor(FeatureExtractorBase):
+        """A classifier's features, float32, for uint8 images ``[B, 3, H, W]``."""
 
         def __init__(self, name: str, features_list: list[str], **kwargs: object) -> None:
             super().__init__(name, features_list)
-            tensors, config = load_weights("digits_features")
-            self.net = Classifier(**config)  # its own copy: torch-fidelity may move it to a GPU
-            self.net.load_state_dict(tensors)
-            self.net.eval().requires_grad_(False)
+            self.net = read_classifier(own)  # its own copy: torch-fidelity may move it to a GPU
 
         def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-            if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
-                raise ValueError(f"expected uint8 images [B, 3, 8, 8], got {x.dtype} {tuple(x.shape)}")
-            return (self.net.features(to_unit_range(x)),)
+            if x.dtype != torch.uint8 or x.shape[1:] != (3, *shape[1:]):
+                raise ValueError(
+                    f"expected uint8 images [B, 3, {shape[1]}, {shape[2]}], got {x.dtype} {tuple(x.shape)}"
+                )
+            return (self.net.features(to_unit_range(x, shape)),)
 
         @staticmethod
         def get_provided_features_list() -> tuple[str, ...]:
-            return (NAME,)
+            return (own,)
 
         @staticmethod
         def get_default_feature_layer_for_metric(metric: str) -> str:
-            return NAME
+            return own
 
         @staticmethod
         def can_be_compiled() -> bool:
@@ -161,8 +182,6 @@ def register_with_torch_fidelity() -> str:
 
         @staticmethod
         def get_dummy_input_for_compile() -> Tensor:
-            return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+            return torch.zeros(1, 3, *shape[1:], dtype=torch.uint8)
 
-    if NAME not in FEATURE_EXTRACTORS_REGISTRY:
-        register_feature_extractor(NAME, FeatureExtractorDigits)
-    return NAME
+    return FeatureExtractor
