@@ -117,7 +117,8 @@ def render(data: dict[str, Any], pictures: dict[str, list[str]]) -> str:
         for entry in by.values()
     )
     page = {
-        "metrics": {
+        "metrics": list(run["metrics"]),  # in the user's order, which JSON objects lose
+        "about": {
             name: {k: about[k] for k in ("splits", "higher")} for name, about in run["metrics"].items()
         },
         "baseline": run["config"]["baseline"],

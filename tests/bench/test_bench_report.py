@@ -128,7 +128,7 @@ def test_numbers() -> None:
 @pytest.fixture
 def run(settings: Callable[..., BenchConfig]) -> Path:
     return bench(
-        settings(images=4, metrics=["fd-blocks", "psnr"]), command="fastsample bench out='<b>&'"
+        settings(images=4, metrics=["swd", "psnr"]), command="fastsample bench out='<b>&'"
     ).parent
 
 
@@ -141,7 +141,7 @@ def test_csv_and_json_agree(run: Path) -> None:
     for row, entry in zip(rows, data["points"], strict=True):
         assert row["solver"] == entry["solver"]
         assert float(row["rmse"]) == entry["rmse"]
-        assert float(row["fd-blocks-400_heldout_se"]) == entry["metrics"]["fd-blocks-400"]["heldout"]["se"]
+        assert float(row["swd-400_heldout_se"]) == entry["metrics"]["swd-400"]["heldout"]["se"]
 
 
 def test_the_report_is_one_file_without_a_link_to_anything(run: Path) -> None:

@@ -8,9 +8,9 @@
   const shared = every.filter((n, i) => n === every[i - 1] && n !== every[i - 2]);
   const budgets = shared.length ? shared : [...new Set(every)];
   const hidden = new Set();
-  const metrics = Object.keys(data.metrics);
-  const state = { metric: metrics[0], split: data.metrics[metrics[0]]?.splits[0] };
-  const about = () => data.metrics[state.metric] ?? { splits: [], higher: false };
+  const metrics = data.metrics;
+  const state = { metric: metrics[0], split: data.about[metrics[0]]?.splits[0] };
+  const about = () => data.about[state.metric] ?? { splits: [], higher: false };
   const colour = label => palette[labels.indexOf(label) % palette.length];
   const dash = label => labels.indexOf(label) >= palette.length ? "6 4" : null;
   const strong = label => label === "auto";
@@ -249,7 +249,7 @@
   function table() {
     const columns = [["solver", p => p.label, p => p.label], ["steps", p => p.steps], ["NFE", p => p.nfe, p => format(p.nfe)]];
     if (data.points.some(p => p.rows_per_sample !== p.nfe)) columns.push(["rows", p => p.rows_per_sample, p => format(p.rows_per_sample)]);
-    for (const metric of metrics) for (const split of data.metrics[metric].splits)
+    for (const metric of metrics) for (const split of data.about[metric].splits)
       columns.push([`${metric}, ${split}`, p => p.metrics[metric][split]?.value, p => {
         const d = p.metrics[metric][split];
         return d?.place ? [element("span", { class: `badge ${d.place}` }, d.place), withError(d)] : [withError(d)];
