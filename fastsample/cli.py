@@ -42,6 +42,8 @@ fastsample bench                                    # demonstration: digits, nin
 fastsample bench solvers=[auto,ddim,unipc_3] nfe=[5,10,20] seeds=[0,1] out=runs/mine
 fastsample bench solvers=[dpmpp_2m] steps=[8,16] grids=[uniform,karras,logsnr]
 fastsample bench model._target_=my.module.make_model train=data/train metrics=[fid] n=50000
+fastsample bench metrics=[fd-digits,kd-digits,recall-digits,psnr] 'solvers=[auto,ddim,kdiffusion:dpmpp_2m]'
+fastsample bench model._target_=my.module.make_model prompts=prompts.txt metrics=[clip-score] weights.clip=FOLDER
 fastsample bench --multirun guidance=1,2,4 out=runs/guidance     # one folder each: runs/guidance/0, 1, 2
 fastsample bench --cfg job                          # print the settings, run nothing""",
     "tune": """\

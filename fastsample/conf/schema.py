@@ -100,8 +100,8 @@ class BenchConfig:
     metrics: list[str] | None = option(
         None,
         "fid, kid, precision, recall (Inception features), fd-NAME, kd-NAME, precision-NAME, recall-NAME (NAME "
-        "registered with torch-fidelity, fd-digits, ...), isc, cmmd, clip-score, swd, psnr; null: fd-digits for the "
-        "embedded digits models, none for others. The headline is about the first.",
+        "registered with torch-fidelity, fd-digits, ...), isc, cmmd, clip-score, swd, psnr; null: that of the "
+        "embedded model (fd-digits, ...), none for others. The headline is about the first.",
     )
     train: str | None = option(
         None,

@@ -1,4 +1,4 @@
-"""EDM's published networks (NVlabs/edm, and others of its persistence format), converted once to safetensors.
+"""EDM's published networks (NVlabs/edm), converted once to safetensors.
 
 Their files are Python pickles that carry the source code of the network and run it when they are loaded. The
 conversion here runs nothing of the file: names outside a fixed list are refused, classes become inert records, the
