@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _STATE = "state.pt"
+_WRITING = ".writing-"
 
 
 def sha256(file: Path) -> str:
@@ -91,25 +92,29 @@ class Checkpoints:
             OSError: it could not be written; what was there is untouched, and named.
         """
         target = self.path(step)
+        # under another name until it is whole: a checkpoint that a kill cut short is none
+        writing = self.folder / f"{_WRITING}{target.name}"
         try:
-            shutil.rmtree(target, ignore_errors=True)
-            target.mkdir(parents=True)
-            temporary = target / f".{_STATE}"
-            with temporary.open("wb") as f:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(f"{_WRITING}*"):
+                shutil.rmtree(leftover)
+            writing.mkdir()
+            with (writing / _STATE).open("wb") as f:
                 torch.save(state, f)
                 f.flush()
                 os.fsync(f.fileno())
-            os.replace(temporary, target / _STATE)
-            seal(target, [_STATE])
+            seal(writing, [_STATE])
+            shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
+            os.replace(writing, target)
         except OSError as error:
-            shutil.rmtree(target, ignore_errors=True)
+            shutil.rmtree(writing, ignore_errors=True)
             raise OSError(
                 error.errno or errno.EIO,
                 f"the checkpoint of step {step} could not be written to {self.folder} "
                 f"({error.strerror or error}); {self.last_good()}",
             ) from error
         except RuntimeError as error:  # how torch.save reports a failed write
-            shutil.rmtree(target, ignore_errors=True)
+            shutil.rmtree(writing, ignore_errors=True)
             raise OSError(
                 errno.ENOSPC,
                 f"the checkpoint of step {step} could not be written to {self.folder} "

@@ -57,7 +57,8 @@ def full_state(net: nn.Module) -> dict[str, Tensor]:
     """The whole state of a sharded network, on the CPU of the first process (empty on others); all must call it."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    return get_model_state_dict(net, options=_options())
+    state: Any = get_model_state_dict(net, options=_options())
+    return state
 
 
 def load_full(net: nn.Module, state: dict[str, Any]) -> None:

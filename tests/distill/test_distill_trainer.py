@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import multiprocessing
@@ -67,22 +68,30 @@ def train_until_killed(folder: str) -> None:
     tiny_trainer().fit(folder)
 
 
-def kill_and_resume(folder: Path, kills: int, seed: int) -> int:
-    """Start the training again and again, killed at random moments; how often a kill hit a running one."""
+def kill_and_resume(folder: Path, kills: int, most: int, seed: int) -> list[int]:
+    """Start the training again and again, and kill it at random moments; the newest checkpoint at each kill.
+
+    A kill comes up to ``most`` updates after the point of resuming, and a random while later (in an update, a
+    checkpoint or an evaluation); or while the training starts.
+    """
     context = multiprocessing.get_context("fork")
-    rng = random.Random(seed)
-    hit = 0
-    while hit < kills:
+    rng, lines = random.Random(seed), folder / "log.jsonl"
+    checkpoints = Checkpoints(folder / "checkpoints")
+    hit: list[int] = []
+    while len(hit) < kills:
+        old = lines.stat().st_ino if lines.exists() else None  # resuming writes the log anew
+        begun = max(checkpoints.steps(), default=0)
         process = context.Process(target=train_until_killed, args=(str(folder),))
         process.start()
-        before = len(Checkpoints(folder / "checkpoints").steps())
-        # some at once, some while it saves, evaluates, or a while after the first new checkpoint
-        time.sleep(rng.uniform(0.05, 0.4))
-        if rng.random() < 0.3 and before:
-            time.sleep(rng.uniform(0.0, 0.5))
+        further = rng.randint(0, most)
+        while further and process.is_alive():
+            if lines.exists() and lines.stat().st_ino != old and _last_step(lines) >= begun + further:
+                break
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0.0, 0.1 if further else 0.6))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
-            hit += 1
+            hit.append(max(checkpoints.steps(), default=0))
         process.join()
         if (folder / "manifest.json").exists():
             break
@@ -90,10 +99,20 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> int:
     return hit
 
 
-def test_resume_after_sigkill_is_bit_identical(tmp_path: Path, whole: Path) -> None:
+def _last_step(lines: Path) -> int:
+    whole = [line for line in lines.read_text().split("\n")[:-1] if line]
+    return int(json.loads(whole[-1])["step"]) if whole else 0
+
+
+@pytest.mark.parametrize(
+    ("kills", "most"), [(4, 12), pytest.param(22, 5, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_resume_after_sigkill_is_bit_identical(kills: int, most: int, tmp_path: Path, whole: Path) -> None:
     """Weights, optimiser, averages, best and log are those of the training that was not killed."""
-    hit = kill_and_resume(tmp_path, 22, seed=0)
-    assert hit >= 20, f"only {hit} kills before the training was over"
+    hit = kill_and_resume(tmp_path, kills, most, seed=0)
+    assert len(hit) == kills, f"only {len(hit)} kills before the training was over"
+    assert len(set(hit)) >= min(kills, 8) // 2, f"the kills hit a few moments only: {hit}"
+    assert hit[-1] > 0
     same(final_state(tmp_path, STEPS), final_state(whole, STEPS))
     assert log_of(tmp_path) == log_of(whole)
     for file in ("model.safetensors", "student.json", "plan-1.json"):
