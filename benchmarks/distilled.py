@@ -2,7 +2,7 @@
 
     python benchmarks/distilled.py --out runs/distilled                     # all methods, three seeds: hours
     python benchmarks/distilled.py --methods knowledge ect --seeds 0 --steps 2000
-    python benchmarks/distilled.py --out runs/distilled --table             # writes benchmarks/results/distilled-digits.md
+    python benchmarks/distilled.py --out runs/distilled --table     # writes benchmarks/results/distilled-digits.md
     python benchmarks/distilled.py --teacher fashion-mnist --batch-size 64 --samples 2000 --out runs/fashion
 
 Killed and started again it goes on.
@@ -115,8 +115,9 @@ def main() -> None:
         text = [
             f"# Students of the network `{args.teacher}`",
             "",
-            f"`{entry.metric}` to the training images, {args.samples} samples, lower is better, with its standard error; "
-            f"batches of {args.batch_size}; {args.threads} CPU thread, torch {torch.__version__}, {platform.machine()}. "
+            f"`{entry.metric}` to the training images, {args.samples} samples, lower is better, with its standard "
+            f"error; batches of {args.batch_size}; {args.threads} CPU thread, torch {torch.__version__}, "
+            f"{platform.machine()}. "
             f"Written by `python benchmarks/distilled.py --teacher {args.teacher} --table`.",
             "",
             *student_rows(args.out, list(distill.METHODS), args.seeds, entry.metric),

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import unknown
 from .batch import Batch
 from .prediction import column, time_of_fraction
 from .shortcut import StepSized
 from .tangent import Tangent
+
+TIMES = ("uniform", "logit_normal")
 
 
 @dataclass
@@ -20,13 +23,16 @@ class MeanFlow(StepSized):
     Args:
         from_teacher: v is the teacher's velocity; False is the data's, training from scratch.
         different: the share of samples with r != t (the paper: 0.25).
-        p_mean, p_std: t and r are logistic-normal (the paper: -0.4, 1).
+        times: "uniform", so that one step from pure noise has its share in a short training, or "logit_normal"
+            (the paper).
+        p_mean, p_std: of logit-normal t and r (the paper: -0.4, 1).
         power: p of the adaptive weight ``1 / (|error|^2 + c)^p`` (eq. 22).
         c: of the adaptive weight.
         jvp: "auto", "forward" or "difference", see :class:`fastsample.distill.tangent.Tangent`.
     """
 
-    different: float = 0.25
+    different: float = 0.5
+    times: str = "uniform"
     p_mean: float = -0.4
     p_std: float = 1.0
     power: float = 1.0
@@ -35,14 +41,13 @@ class MeanFlow(StepSized):
 
     def build(self) -> None:
         super().build()
+        if self.times not in TIMES:
+            raise unknown("times", self.times, TIMES)
         self.adapt({})
         self._tangent = Tangent(self.jvp)
 
     def objective(self, batch: Batch, role: str) -> Tensor:
-        draws = [
-            self.tau_max * torch.sigmoid(self.p_mean + self.p_std * batch.gaussian(name))
-            for name in ("t", "r")
-        ]
+        draws = [self.tau_max * self.time(batch, name) for name in ("t", "r")]
         rho_min = float(self.teacher.process.rho(self.teacher.process.t_end))
         tau = torch.maximum(*draws).clamp(min=rho_min / (1 + rho_min))
         lower = torch.minimum(torch.minimum(*draws), tau)
@@ -64,6 +69,12 @@ class MeanFlow(StepSized):
         square = error.flatten(1).square().sum(dim=1)
         weight = 1 / (square.detach() + self.c) ** self.power
         return weight * square
+
+    def time(self, batch: Batch, name: str) -> Tensor:
+        """Numbers in (0, 1) of the distribution of times."""
+        if self.times == "uniform":
+            return batch.uniform(name)
+        return torch.sigmoid(self.p_mean + self.p_std * batch.gaussian(name))
 
     def time_and_rate(self, tau: Tensor) -> tuple[Tensor, Tensor]:
         """Times at fractions tau (B,) and their derivatives."""

@@ -173,6 +173,10 @@ class Method:
             )
         return self.total
 
+    def elapsed(self, step: int, total: int) -> float:
+        """The share of the learning rate's fall that is over before an update."""
+        return step / total
+
     def roles(self, step: int) -> tuple[str, ...]:
         """The roles updated in a step, in order."""
         return ("student",)

@@ -54,9 +54,16 @@ class Progressive(Method):
 
     def stage(self, step: int) -> int:
         """The stage of an update."""
-        converted = self.conversion
-        done = (step - converted) / max(1, self.whole - converted)
-        return max(0, min(len(self.stages) - 1, int(done * len(self.stages))))
+        return min(len(self.stages) - 1, int(self._staged(step, self.whole)))
+
+    def _staged(self, step: int, total: int) -> float:
+        """The number of stages that are over before an update; 0 until the prediction type is learnt."""
+        done = (step - self.conversion) / max(1, total - self.conversion)
+        return max(0.0, done * len(self.stages))
+
+    def elapsed(self, step: int, total: int) -> float:
+        """Each stage is a training of its own, whose learning rate starts anew (section 3 and algorithm 2)."""
+        return step / self.conversion if step < self.conversion else self._staged(step, total) % 1
 
     def objective(self, batch: Batch, role: str) -> Tensor:
         stage = self.stage(batch.step)

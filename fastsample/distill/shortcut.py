@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +16,7 @@ from torch.utils._pytree import tree_map
 from .batch import Batch
 from .method import Method, follow, squared
 from .prediction import column, noised, predict, time_of_fraction
+from .teacher import teacher_step
 
 
 @dataclass
@@ -68,17 +71,18 @@ class StepSized(Method):
 class Shortcut(StepSized):
     """Shortcut models, algorithm 1: a step of 2d is two steps of d.
 
-    The loss is eq. 5: flow matching at step size 0 for most of the batch; for the rest, dyadic step sizes whose
-    target is the mean of two steps of half the size by the target network (eq. 4).
+    The loss is eq. 5: flow matching at step size 0 for a part of the batch; for the rest, dyadic step sizes whose
+    target is the mean of two steps of half the size by the target network (eq. 4). The smallest step is an
+    instantaneous velocity (section 3.1); with a teacher it is two of the teacher's Heun steps, and may be larger.
 
     Args:
-        finest: the number of the smallest steps, a power of two (the paper: 128).
+        finest: the number of the smallest steps, a power of two (the paper, without a teacher: 128).
         bootstrap: the share of the batch with dyadic steps (the paper: 1/4).
         target_decay: of the target's moving average (the paper: 0.999, over 800,000 updates).
     """
 
-    finest: int = 32
-    bootstrap: float = 0.5
+    finest: int = 8
+    bootstrap: float = 0.75
     target_decay: float = 0.9
 
     def build(self) -> None:
@@ -93,7 +97,8 @@ class Shortcut(StepSized):
     def objective(self, batch: Batch, role: str) -> Tensor:
         # which samples bootstrap depends on their index, not on their place in a micro-batch
         share = batch.uniform("share") < self.bootstrap
-        level = (batch.uniform("level") * math.log2(self.finest)).long()
+        levels = math.log2(self.finest) + self.from_teacher  # a teacher teaches the smallest step, too
+        level = (batch.uniform("level") * levels).long()
         count = 2**level  # steps of size 1 / count
         k = (batch.uniform("k") * count).long() + 1
         tau = torch.where(share, self.tau_max * k / count, self.tau_max * batch.uniform("tau"))
@@ -120,11 +125,30 @@ class Shortcut(StepSized):
 
     @torch.no_grad()
     def _twice(self, batch: Batch, x: Tensor, tau: Tensor, size: Tensor, eps: Tensor) -> Tensor:
-        return self.two_steps("target", x, tau, size / 2, batch.conditions)
+        half = size / 2
+        if not self.from_teacher:
+            return self.two_steps("target", x, tau, half, batch.conditions)
+        target = torch.empty_like(x)
+        smallest = size * self.finest < 1.5 * self.tau_max
+        for rows, function in ((smallest, self.taught), (~smallest, partial(self.two_steps, "target"))):
+            if bool(rows.any()):
+                at = rows.nonzero()[:, 0].to(x.device)
+                conditions = taken(batch.conditions, at, len(batch))
+                target[at] = function(x[at], tau[rows], half[rows], conditions)
+        return target
+
+    def taught(self, x: Tensor, tau: Tensor, half: Tensor, conditions: Any) -> Tensor:
+        """The average velocity of two Heun steps of the teacher's."""
+        times = [time_of_fraction(self.teacher.process, tau - k * half) for k in (0, 1, 2)]
+        end = x
+        for a, b in itertools.pairwise(times):
+            end = teacher_step(self.teacher, end, a, b, conditions)
+        return (x / self.scale(times[0], x) - end / self.scale(times[2], x)) / column(2 * half, x)
 
     def two_steps(self, role: str, x: Tensor, tau: Tensor, half: Tensor, conditions: Any) -> Tensor:
-        """The average velocity of two steps (eq. 4); the smallest steps are told as 0 (section 3.1)."""
-        told = torch.where(half * self.finest > 0.75 * self.tau_max, half, 0.0)
+        """The average velocity of two steps (eq. 4); without a teacher the smallest ones are told as 0."""
+        untaught = (half * self.finest < 1.5 * self.tau_max) & (not self.from_teacher)
+        told = torch.where(untaught, 0.0, half)
         t, middle = (
             time_of_fraction(self.teacher.process, tau),
             time_of_fraction(self.teacher.process, tau - half),

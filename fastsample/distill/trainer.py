@@ -198,12 +198,12 @@ class Trainer:
         run.train()
         return run.finish()
 
-    def rate(self, step: int) -> float:
-        """The learning rate of an update."""
+    def rate(self, step: int, elapsed: float) -> float:
+        """The learning rate of an update; ``elapsed`` is the share of its fall that is over."""
         assert self.learning_rate is not None
         factor = min(1.0, (step + 1) / max(1, self.warmup))
         if self.schedule == "cosine":
-            factor *= 0.5 * (1 + math.cos(math.pi * step / self.steps))
+            factor *= 0.5 * (1 + math.cos(math.pi * elapsed))
         return self.learning_rate * factor
 
     def describe(self) -> dict[str, Any]:
@@ -472,7 +472,7 @@ class _Run:
     def _update(self, batch: Batch) -> dict[str, float]:
         """One update of each of the step's roles."""
         losses: dict[str, float] = {}
-        rate = self.trainer.rate(batch.step)
+        rate = self.trainer.rate(batch.step, self.method.elapsed(batch.step, self.trainer.steps))
         for role in self.method.roles(batch.step):
             optimizer = self.optimizers[role]
             for group in optimizer.param_groups:

@@ -235,6 +235,46 @@ def test_shortcut_self_consistency_on_a_linear_ode(process: fs.Process) -> None:
     torch.testing.assert_close(twice, once, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("process", STRAIGHT, ids=lambda p: f"{p!r:.10}")
+def test_the_teacher_teaches_shortcuts_their_smallest_step(process: fs.Process) -> None:
+    """Two Heun steps of the exact teacher: the average velocity, to second order."""
+    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    errors = []
+    for finest in (8, 16, 32):
+        method = distill.Shortcut(gaussian(process), finest=finest)
+        tau = method.tau_max * torch.tensor([1.0, 0.75, 0.5], dtype=torch.float64)
+        size = torch.full_like(tau, method.tau_max / finest)
+        exact = method.velocity("student", x, time_of_fraction(process, tau), size, {})
+        errors.append(float((method.taught(x, tau, size / 2, {}) - exact).abs().max()))
+    assert errors[0] < 0.03
+    assert errors[1] < errors[0] / 3
+    assert errors[2] < errors[1] / 3
+
+
+def test_shortcuts_loss_vanishes_at_the_truth() -> None:
+    """All parts of the batch, as the teacher's Heun steps get smaller; not where the network is wrong."""
+    x = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    methods = [distill.Shortcut(gaussian(fs.Flow()), finest=finest) for finest in (16, 64, 256)]
+    losses = [float(method.loss(Batch.of(x)).detach().max()) for method in methods]
+    assert losses[1] < losses[0] / 16  # the last step, to zero noise, is of first order: squared, 16
+    assert losses[2] < losses[1] / 16
+    with torch.no_grad():
+        methods[2].nets["student"].theta += 0.3  # type: ignore[operator]
+    assert float(methods[2].loss(Batch.of(x)).detach().min()) > 1e-3
+
+
+def test_shortcuts_without_a_teacher_tell_their_smallest_step_as_an_instant() -> None:
+    method = distill.Shortcut(gaussian(fs.Flow()), finest=8, from_teacher=False)
+    seen: list[Tensor] = []
+    velocity = method.velocity
+    method.velocity = lambda role, x, t, step, c: seen.append(step) or velocity(role, x, t, step, c)  # type: ignore[func-returns-value,method-assign]
+    x = torch.randn(256, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    method.loss(Batch.of(x))
+    told = {round(float(v) / method.tau_max, 6) for step in seen[:2] for v in step}
+    assert told == {0.0, 0.25, 0.5}  # half steps by the target
+    assert {round(float(v) / method.tau_max, 6) for v in seen[2]} == {0.0, 0.25, 0.5, 1.0}
+
+
 @pytest.mark.parametrize("steps", [1, 2, 8])
 def test_shortcut_sampling_is_exact_for_exact_velocities(steps: int) -> None:
     """Any number of steps ends at the same point: that of the ODE."""
@@ -293,6 +333,26 @@ def test_progressive_halves_in_stages() -> None:
     assert not torch.equal(first("previous"), first("student"))
     method.after_update(9)
     assert torch.equal(first("previous"), first("student"))
+
+
+def test_progressive_anneals_each_stage_by_itself() -> None:
+    method = distill.Progressive(fs.zoo.load("digits"), first=4, convert=20, total=80)
+    elapsed = [method.elapsed(s, 80) for s in (0, 10, 19, 20, 30, 39, 40, 60, 79)]
+    assert elapsed == pytest.approx([0, 0.5, 0.95, 0, 0.5, 0.95, 0, 0, 0.95])
+
+
+def test_meanflow_times() -> None:
+    """Uniform ones reach the ends, where one step of sampling begins; the paper's hardly do."""
+    batch = Batch.of(torch.zeros(4000, *SHAPE, dtype=torch.float64))
+    u, paper = (
+        distill.MeanFlow(gaussian(fs.Flow()), times=times).time(batch, "t")
+        for times in ("uniform", "logit_normal")
+    )
+    assert float((u > 0.95).double().mean()) == pytest.approx(0.05, abs=0.01)
+    z = torch.logit(paper)
+    assert (float(z.mean()), float(z.std())) == pytest.approx((-0.4, 1.0), abs=0.05)
+    with pytest.raises(ValueError, match="did you mean 'uniform'"):
+        distill.MeanFlow(gaussian(fs.Flow()), times="unifrom")
 
 
 # -- score distillation --------------------------------------------------------------------------------------
