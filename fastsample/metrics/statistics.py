@@ -8,6 +8,7 @@ at d = 64). Sums of different machines or chunks are merged by addition.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -51,6 +52,16 @@ class Gaussian:
     def dim(self) -> int:
         """Feature dimension d."""
         return self.mean.shape[0]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an ``.npz`` with ``mu`` and ``sigma``, as EDM, ADM, pytorch-fid and clean-fid read it, atomically."""
+        import numpy as np
+
+        from fastsample.plan import write_atomically
+
+        content = io.BytesIO()
+        np.savez(content, mu=self.mean.numpy(), sigma=self.cov.numpy())
+        write_atomically(path, content.getvalue())
 
 
 class GroupedMoments:

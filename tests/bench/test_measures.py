@@ -225,6 +225,66 @@ def test_moments_alone_are_not_enough_for_what_needs_images(settings: Settings, 
         bench(config)
 
 
+def test_kid_precision_and_recall_are_torch_fidelitys_from_images_on(tmp_path: Path) -> None:
+    """Its own run over the images of digits, with the embedded extractor."""
+    import torch_fidelity
+    from torch.utils.data import Dataset
+
+    from fastsample.bench.data import load_images
+    from fastsample.zoo.data import digits
+
+    class Images(Dataset):  # type: ignore[type-arg]
+        def __init__(self, images: Tensor) -> None:
+            self.images = images.expand(-1, 3, -1, -1)
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+        def __getitem__(self, i: int) -> Tensor:
+            return self.images[i]
+
+    train = load_images("digits:train", (1, 8, 8))
+    assert train.n is not None
+    samples = to_uint8(digits("heldout")[0][:300])
+    count = len(samples)
+    asked = wanted(["kd-digits", "precision-digits", "recall-digits"], count, count, count)
+    real = torch.cat(list(train.batches(500)))[torch.arange(count) * train.n // count]
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(samples),
+        input2=Images(real),
+        kid=True,
+        kid_subsets=1,
+        kid_subset_size=count,
+        prc=True,
+        feature_extractor="fd-digits",
+        cuda=False,
+        cache=False,
+        verbose=False,
+        save_cpu_ram=True,
+    )
+    measures = prepare(
+        asked,
+        (1, 8, 8),
+        {"train": train},
+        cache=tmp_path,
+        batch=100,
+        kept=count,
+        device=torch.device("cpu"),
+        weights={},
+    )
+    found = []
+    for measure in measures:
+        accumulator = Accumulator(measure)
+        for start in range(0, count, 70):
+            index = range(start, min(count, start + 70))
+            accumulator.update(Batch(samples[start : index.stop], index))
+        entry = accumulator.estimates()["train"]
+        assert entry is not None
+        found.append(entry["plain"])
+    assert found[0] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    assert found[1:] == pytest.approx([theirs["precision"], theirs["recall"]], abs=1e-6)
+
+
 # -- torch-fidelity's own networks, with random weights
 
 

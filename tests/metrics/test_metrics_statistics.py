@@ -67,6 +67,26 @@ def test_memory_does_not_grow(features: torch.Tensor) -> None:
     assert moments.outer.nbytes + moments.sums.nbytes == size == 8 * 20 * 6 * 7
 
 
+def test_moments_for_other_tools(features: torch.Tensor, tmp_path) -> None:
+    """numpy's mean and covariance of the same features; read back as the harness reads train=FILE.npz."""
+    import numpy as np
+
+    from fastsample.bench.data import load_images
+
+    moments = GroupedMoments(6)
+    moments.update(features, range(257))
+    gaussian = moments.gaussian()
+    gaussian.save(tmp_path / "train.npz")
+    with np.load(tmp_path / "train.npz", allow_pickle=False) as arrays:
+        assert sorted(arrays) == ["mu", "sigma"]
+        np.testing.assert_allclose(arrays["mu"], features.numpy().mean(0), rtol=1e-12)
+        np.testing.assert_allclose(arrays["sigma"], np.cov(features.numpy(), rowvar=False), rtol=1e-10)
+    found = load_images(str(tmp_path / "train.npz"), (3, 8, 8)).source
+    assert isinstance(found, Gaussian)
+    assert torch.equal(found.mean, gaussian.mean)
+    assert torch.equal(found.cov, gaussian.cov)
+
+
 @pytest.mark.slow
 def test_fifty_thousand_samples_at_2048_dimensions_in_constant_memory() -> None:
     """The process's own peak, in a process of its own: what the sums take and no more."""
