@@ -1,90 +1,143 @@
-"""Machine code of group_norm and update without a GPU: no spills, 16-byte accesses, no atomics."""
+"""Machine code without a GPU: no spills, tensor cores, 16-byte accesses, and no worse than what was recorded."""
 
-import importlib
+import dataclasses
+import json
 
+import kernels_aot as aot
 import pytest
-import torch
-from compiled import ARCHITECTURES, compile_launch
+import triton
 
-norm = importlib.import_module("fastsample_kernels.group_norm")
-solver = importlib.import_module("fastsample_kernels.update")
+from fastsample_kernels.attention import Tiles
 
-# Kernels that read or write whole tensors; the others merge a few numbers.
-STREAMING = {"fused", "statistics", "apply", "backward_sums", "backward_apply", "update"}
+EVERY = aot.configurations()
+RECORD = aot.recorded()
+AGAIN = "if that is meant to be, record anew with `python benchmarks/kernels_aot.py` and commit benchmarks/results"
 
-
-def check(launches, architecture, directory):
-    for launch in launches:
-        name = launch.kernel.fn.__name__
-        code = compile_launch(launch, architecture, directory)
-        assert code.stack == 0, f"{name}: {code.stack} bytes of stack"
-        assert code.count(r"\b(LDL|STL)\b") == 0, f"{name}: spills"
-        assert code.count(r"\b(ATOM|ATOMG|ATOMS|RED)\b") == 0, f"{name}: atomics"
-        assert code.registers <= 128, f"{name}: {code.registers} registers"
-        assert code.shared <= 8192, f"{name}: {code.shared} bytes of shared memory"
-        strip = name == "fused" and launch.args["CHANNELS_LAST"]  # narrower than 16 bytes (see tiles)
-        if name in STREAMING and not strip:
-            assert code.count(r"LDG\.E(\.\w+)*\.128") > 0, f"{name}: no 16-byte loads"
-        if name in {"fused", "apply", "backward_apply", "update"} and not strip:
-            narrow = code.count(r"\bSTG\b") - code.count(r"STG\.E(\.\w+)*\.128")
-            assert narrow <= (2 if name == "fused" else 0), (
-                f"{name}: {narrow} narrow stores"
-            )  # fused: the moments
-
-
-def meta(*shape, dtype=torch.bfloat16, channels_last=False):
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    return x.to(memory_format=torch.channels_last) if channels_last else x
+# Each kernel family on each target, and configurations that are close to a limit.
+SOME = [
+    ("attention forward, D=40, even", 80),
+    ("attention forward, D=40, even", 90),
+    ("attention forward, D=40, even", 100),
+    ("attention forward, D=256, ragged", 100),
+    ("attention tangent, D=256, causal", 90),
+    ("attention tangent, D=160, even", 100),
+    ("attention dq, D=64, even", 80),
+    ("attention dkdv, D=128, even", 90),
+    ("attention dkdv, D=160, bias per query", 80),
+    ("group_norm forward, fused, small, channels first, bfloat16", 80),
+    ("group_norm tangent, apply, large, channels last, float32", 90),
+    ("group_norm backward, backward_sums, large, channels first, bfloat16", 90),
+    ("group_norm backward, backward_apply, large, channels first, bfloat16", 100),
+    ("norm, bfloat16", 80),
+    ("norm backward, bfloat16", 90),
+    ("norm_rope, interleaved, bfloat16", 90),
+    ("glu backward, gelu, bfloat16", 100),
+    ("update", 90),
+]
 
 
-def group_norm_launches(shape, dtype, channels_last, *passes):
-    batch, channels = shape[:2]
-    x = meta(*shape, dtype=dtype, channels_last=channels_last)
-    parameter, modulation = meta(channels, dtype=dtype), meta(batch, channels, dtype=dtype)
-    call = norm._Call(x, x, (parameter, parameter, modulation, modulation), 32, True)
-    launches = []
-    if "forward" in passes:
-        launches += norm.forward_launches(call, 1e-5)[0]
-    if "jvp" in passes:
-        tangent = meta(batch, channels, dtype=torch.float32)
-        launches += norm.forward_launches(call, 1e-5, x, tangent, tangent)[0]
-    if "backward" in passes:
-        moments = meta(batch, 2, 32, dtype=torch.float32)
-        launches += norm.backward_launches(call, x, moments)[0]
-    return launches
+def check(name: str, target: int) -> None:
+    _, wrong = aot.judged(EVERY[name], target, RECORD)
+    assert not wrong, "\n".join([*wrong, AGAIN])
 
 
-SMALL, DEEP, LARGE = (2, 320, 64, 64), (2, 1280, 8, 8), (4, 128, 512, 512)
+@pytest.mark.quick
+@pytest.mark.parametrize(("name", "target"), SOME)
+def test_some_configurations(name, target):
+    check(name, target)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_group_norm(architecture, tmp_path):
-    launches = group_norm_launches(SMALL, torch.bfloat16, False, "forward")
-    assert [launch.kernel.fn.__name__ for launch in launches] == ["fused"]
-    launches += group_norm_launches(LARGE, torch.bfloat16, True, "forward")
-    check(launches, architecture, tmp_path)
+@pytest.mark.parametrize("name", EVERY)
+def test_every_configuration(name):
+    for target in aot.TARGETS:
+        check(name, target)
 
 
-def test_group_norm_backward_and_jvp(tmp_path):
-    check(group_norm_launches(LARGE, torch.bfloat16, False, "backward", "jvp"), 90, tmp_path)
+@pytest.mark.quick
+def test_hopper_runs_attention_on_its_wide_tensor_cores():
+    code = aot.compile_launch(EVERY["attention forward, D=128, even"].on(90), 90)
+    assert code.instructions["wide tensor"] > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [SMALL, DEEP, LARGE])
-def test_group_norm_every_configuration(shape, dtype, channels_last, architecture, tmp_path):
-    check(
-        group_norm_launches(shape, dtype, channels_last, "forward", "backward", "jvp"), architecture, tmp_path
-    )
+@pytest.mark.quick
+def test_every_record_is_clean():
+    versions = json.loads(aot.RESULTS.read_text())["triton"]
+    for version, rows in versions.items():
+        assert {name for name, _ in SOME} <= set(rows) <= set(EVERY), f"Triton {version}: {AGAIN}"
+        for name, row in rows.items():
+            for target in aot.TARGETS:
+                numbers = row[str(target)]
+                assert not {"spills", "stack", "atomics"} & set(numbers), (version, name, target)
+                assert numbers.get("shared", 0) <= aot.SHARED[target]
+                assert not name.startswith("attention") or {"tensor", "wide tensor"} & set(numbers)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_update(architecture, tmp_path):
-    x, index = meta(8, 4, 64, 64, dtype=torch.float32), meta(8, dtype=torch.int64)
-    half = meta(8, 4, 64, 64)
-    launch, _, _ = solver.update_launch(
-        [x, x, x], half, half, index, [1.0, 2.0, 3.0], 7.5, 1, 0.1, 0.2, 0.3, 5, 4, 0.5, True
-    )
-    check([launch], architecture, tmp_path)
+@pytest.mark.quick
+def test_the_table_is_that_of_the_record():
+    if RECORD is None:
+        pytest.skip(f"no record of Triton {triton.__version__}")
+    versions = json.loads(aot.RESULTS.read_text())["triton"]
+    shown = aot.RESULTS.with_suffix(".md").read_text()
+    assert any(aot.markdown(versions, version) == shown for version in versions)
+
+
+# -- the checks find what they are for -----------------------------------------------------------------------
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("call", "tiles", "target", "found"),
+    [
+        ("tangent, D=256", Tiles(64, 16, 8, 1), 90, "instructions that spill"),
+        ("tangent, D=256", Tiles(128, 32, 8, 2), 100, "columns of tensor memory"),
+        ("forward, D=64", Tiles(64, 128, 4, 6), 80, "bytes of shared memory, allowed"),
+    ],
+)
+def test_tiles_that_are_too_large_are_found(call, tiles, target, found, monkeypatch):
+    monkeypatch.setattr(aot.attention, "tiles", lambda *args, **kwargs: tiles)
+    _, wrong = aot.judged(EVERY[f"attention {call}, even"], target, None)
+    assert any(found in line for line in wrong), wrong
+
+
+CODE = aot.Code(100, 0, 4096, 0, dict.fromkeys(aot.INSTRUCTIONS, 0) | {"wide tensor": 8, "16-byte loads": 4})
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"registers": 105}, "registers: 105, recorded 100"),
+        ({"shared": 4097}, "shared: 4097, recorded 4096"),
+        ({"stack": 8}, "stack: 8, recorded 0"),
+        ({"wide tensor": 0, "tensor": 16}, "wide tensor: none, recorded 8"),
+        ({"16-byte loads": 0}, "16-byte loads: none, recorded 4"),
+    ],
+)
+def test_what_got_worse_is_found(change, found):
+    instructions = CODE.instructions | {k: n for k, n in change.items() if k in CODE.instructions}
+    fields = {k: n for k, n in change.items() if k not in CODE.instructions}
+    code = dataclasses.replace(CODE, instructions=instructions, **fields)
+    assert found in aot.worse(code.numbers(), CODE.numbers())
+    assert aot.worse(CODE.numbers(), CODE.numbers()) == []
+
+
+@pytest.mark.quick
+def test_a_few_registers_of_one_allocation_are_no_change():
+    assert aot.worse({"registers": 104}, {"registers": 97}) == []
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"wide tensor": 0}, "no tensor-core instructions"),
+        ({"16-byte loads": 0}, "no 16-byte loads"),
+        ({"spills": 2}, "2 instructions that spill"),
+        ({"atomics": 1}, "1 atomic instructions"),
+    ],
+)
+def test_what_no_configuration_may_have_is_found(change, found):
+    configuration = aot.Configuration("attention", lambda target: None, tensor_cores=True)
+    assert aot.faults(configuration, CODE, 90) == []
+    code = dataclasses.replace(CODE, instructions=CODE.instructions | change)
+    assert aot.faults(configuration, code, 90) == [found]
