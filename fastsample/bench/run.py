@@ -243,10 +243,12 @@ class _Job:
         kept = n if keep_pixels else min(n, self.config.images)
         shown = torch.zeros(kept, *shape, dtype=torch.uint8)
         x0 = torch.zeros(compared, *shape)
-        solution = (
-            None if cell.reference or not compared else self._load_solution(self.references[cell.seed].cell)
-        )
         rank, ranks = rank_and_size()
+        solution = None
+        if compared and not cell.reference:
+            # the others may not see the first process's disk
+            mine = None if rank else self._load_solution(self.references[cell.seed].cell)
+            solution = summed(torch.zeros(compared, *shape) if mine is None else mine)
         starts = range(0, n, self.config.batch)
         seconds = torch.zeros(len(starts), dtype=torch.float64)  # a sample, of each batch
         self.tally.reset()
