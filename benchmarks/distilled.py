@@ -47,16 +47,18 @@ def teacher_table(teacher: str, samples: int) -> list[str]:
     return lines
 
 
-def student_rows(out: Path, names: list[str], seeds: list[int], metric: str) -> list[str]:
-    """The rows of all students that are finished."""
+def student_rows(out: Path, metric: str) -> list[str]:
+    """The rows of all students that are finished, by method and number of updates."""
     lines = [
         "| method | updates | seeds | 1 step | 2 steps | 4 steps | minutes |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in names:
-        folders = [f for s in seeds if ((f := out / f"{name}-{s}") / "manifest.json").exists()]
-        if not folders:
-            continue
+    groups: dict[tuple[int, int], list[Path]] = {}
+    order = list(distill.METHODS)
+    for folder in sorted(f.parent for f in out.glob("*/manifest.json")):
+        name, updates, _ = folder.name.rsplit("-", 2)
+        groups.setdefault((order.index(name), int(updates)), []).append(folder)
+    for (place, updates), folders in sorted(groups.items()):
         students = [fs.load(f) for f in folders]
         cells = []
         for k in (1, 2, 4):
@@ -68,8 +70,9 @@ def student_rows(out: Path, names: list[str], seeds: list[int], metric: str) -> 
             error = math.sqrt(sum(r["standard error"] ** 2 for r in rows)) / len(rows)
             cells.append(f"{statistics.fmean(values):.3f} ± {error:.3f}")
         minutes = statistics.fmean(float((f / "minutes.txt").read_text()) for f in folders)
-        updates = students[0].training["steps"]
-        lines.append(f"| `{name}` | {updates} | {len(folders)} | {' | '.join(cells)} | {minutes:.1f} |")
+        lines.append(
+            f"| `{order[place]}` | {updates} | {len(folders)} | {' | '.join(cells)} | {minutes:.1f} |"
+        )
     return lines
 
 
@@ -91,7 +94,7 @@ def main() -> None:
     entry = MODELS[args.teacher]
     for seed in [] if args.table else args.seeds:
         for name in args.methods:
-            folder = args.out / f"{name}-{seed}"
+            folder = args.out / f"{name}-{args.steps}-{seed}"
             if (folder / "manifest.json").exists():
                 continue
             started = time.perf_counter()
@@ -120,7 +123,7 @@ def main() -> None:
             f"{platform.machine()}. "
             f"Written by `python benchmarks/distilled.py --teacher {args.teacher} --table`.",
             "",
-            *student_rows(args.out, list(distill.METHODS), args.seeds, entry.metric),
+            *student_rows(args.out, entry.metric),
             "",
             *teacher_table(args.teacher, args.samples),
         ]

@@ -1,11 +1,14 @@
-"""Tuned plans beside every training-free solver on the embedded digits models: the table of results.
+"""Tuned plans beside every training-free solver on an embedded model: the table of results.
 
     fastsample tune model=digits steps=[3,4,5,6,8,10] out=runs/tuned
-    fastsample bench 'solvers=[auto,ddim,lms,ipndm,deis,dpm_solver_2m,dpmpp_2m,dpmpp_3m,unipc,{plan: runs/tuned}]' \\
+    fastsample tune model=digits match=fd-digits steps=[3,4,5,6,8,10] out=runs/matched
+    fastsample bench 'solvers=[auto,ddim,lms,ipndm,deis,dpm_solver_2m,dpmpp_2m,dpmpp_3m,unipc,\
+        {plan: runs/tuned, label: tuned},{plan: runs/matched, label: matched}]' \
         nfe=[3,4,5,6,8,10] n=2000 reference.n=2000 seeds=[0,1,2] out=runs/tuned-bench
-    python benchmarks/tuned.py --run runs/tuned-bench --plans runs/tuned
+    python benchmarks/tuned.py --run runs/tuned-bench --plans runs/tuned runs/matched
 
-For the mixture, plans are tuned here (a few seconds each) and measured on 512 noises that the fit has not seen.
+With ``--model fashion-mnist`` for a run and plans of that model. For the digits mixture, plans are tuned here (a few
+seconds each) and measured on 512 noises that the fit has not seen.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from pathlib import Path
 import torch
 
 import fastsample as fs
+from fastsample.zoo import MODELS
 from fastsample.zoo.mixture import digits_mixture
 
 NFE = (3, 4, 5, 6, 8, 10)
@@ -40,7 +44,7 @@ def mixture() -> list[str]:
 
 
 def network(run: Path) -> list[str]:
-    """Rows of RMSE and Frechet distance of every solver of a finished run."""
+    """Rows of RMSE and Frechet distance of every solver of a finished run, and its samples and seeds."""
     data = json.loads((run / "results.json").read_text(encoding="utf-8"))
     lines = []
     for label in dict.fromkeys(p["label"] for p in data["points"]):
@@ -69,7 +73,7 @@ def fits(folder: Path) -> list[str]:
         record = fs.Plan.load(folder / f"tuned-{n}.json").options["record"]
         gap = record["heldout_rmse"] / record["training_rmse"]
         lines.append(
-            f"| {n} | {record['start_rmse']:.4f} | {record['heldout_rmse']:.4f} | {gap:.2f} | "
+            f"| {folder.name} | {n} | {record['start_rmse']:.4f} | {record['heldout_rmse']:.4f} | {gap:.2f} | "
             f"{record['evaluations']:,} | {record['evaluations_per_batch']:.0f} |"
         )
     return lines
@@ -79,23 +83,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", default="digits", choices=("digits", "fashion-mnist"))
     parser.add_argument("--run", type=Path, default=Path("runs/tuned-bench"))
-    parser.add_argument("--plans", type=Path, default=Path("runs/tuned"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tuned-digits.md"))
+    parser.add_argument("--plans", type=Path, nargs="+", default=[Path("runs/tuned"), Path("runs/matched")])
     arguments = parser.parse_args()
     budgets = "".join(f" {n} |" for n in NFE)
     rule = "|---" * (len(NFE) + 1) + "|"
-    lines = [
-        "# Tuned plans on the digits models",
-        "",
+    mixed = [
         "Digits mixture, RMSE / median over samples to the exact solution, 512 unseen noises, by evaluations:",
         "",
         f"| |{budgets}",
         rule,
-        *mixture(),
+    ]
+    settings = json.loads((arguments.run / "results.json").read_text(encoding="utf-8"))["config"]
+    lines = [
+        f"# Tuned plans on `{arguments.model}`",
         "",
-        "Digits network: RMSE to its own solution; `fd-digits` to the training images, +- two standard errors "
-        "(bold: best at that budget beyond them, paired):",
+        *([*mixed, *mixture(), ""] if arguments.model == "digits" else []),
+        f"The network: RMSE to its own solution; `{MODELS[arguments.model].metric}` to the training images, +- two "
+        f"standard errors (bold: best at that budget beyond them, paired); {settings['n']} samples, seeds "
+        f"{settings['seeds']}. *tuned* plans are fitted to the error alone, *matched* ones to the data's moments, too:",
         "",
         f"| |{budgets}",
         rule,
@@ -105,12 +112,13 @@ def main() -> None:
         "over that on the noise it was fitted to, evaluations, and these as a multiple of sampling the "
         "trajectories once.",
         "",
-        "| evaluations | start | tuned | held-out / fitted | spent | times |",
-        "|---|---|---|---|---|---|",
-        *fits(arguments.plans),
+        "| plans | evaluations | start | fitted | held-out / fitted | spent | times |",
+        "|---|---|---|---|---|---|---|",
+        *(line for folder in arguments.plans for line in fits(folder)),
         "",
     ]
-    arguments.out.write_text("\n".join(lines), encoding="utf-8")
+    out = Path(f"benchmarks/results/tuned-{arguments.model}.md")
+    out.write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
 
 

@@ -26,7 +26,7 @@ from fastsample.tuning import Moments
 from fastsample.tuning import tune as fit
 
 TRAJECTORIES = 256
-_MATCHED_RATIO = 64  # trajectories a feature: the moments of fewer are mostly their own noise
+_MATCHED_RATIO = 40  # trajectories a feature: the moments of fewer are mostly their own noise
 
 
 def tune(config: TuneConfig) -> list[Path]:
