@@ -95,7 +95,7 @@ def main() -> None:
         f"| |{budgets}",
         rule,
     ]
-    settings = json.loads((arguments.run / "results.json").read_text(encoding="utf-8"))["config"]
+    settings = json.loads((arguments.run / "results.json").read_text(encoding="utf-8"))["run"]["config"]
     lines = [
         f"# Tuned plans on `{arguments.model}`",
         "",

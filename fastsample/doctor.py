@@ -119,9 +119,7 @@ def _metrics() -> list[Finding]:
                 else f"its weights are not at {file}; they are fetched at first use"
             )
             found.append(Finding("metric fid", file.is_file(), why))
-            found.append(
-                Finding("metrics kid, precision, recall, isc", file.is_file(), "the weights of fid")
-            )
+            found.append(Finding("metrics kid, precision, recall, isc", file.is_file(), "the weights of fid"))
         elif name in EXTRACTORS:
             dim = FeatureExtractor(parse_metric(name).extractor).dim(EXTRACTORS[name][1])
             found.append(Finding(f"metric {name}", True, f"{dim} features, embedded"))

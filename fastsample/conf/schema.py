@@ -191,7 +191,9 @@ class TuneConfig:
         "Frechet metric whose features' moments the samples shall have, beside a small error: fd-digits, ...; "
         "null: the error alone.",
     )
-    match_weight: float = option(1.0, "How much match= counts beside the error, both relative to the start's.")
+    match_weight: float = option(
+        1.0, "How much match= counts beside the error, both relative to the start's."
+    )
     train: str | None = option(None, "Images for select= and match=, as in fastsample bench.")
     free: list[str] = option(["grid", "coefficients", "time"], "What is tuned.")
     constraints: list[str] = option([], "consistency: rows stay exact for constant predictions.")

@@ -127,9 +127,7 @@ def test_numbers() -> None:
 
 @pytest.fixture
 def run(settings: Callable[..., BenchConfig]) -> Path:
-    return bench(
-        settings(images=4, metrics=["swd", "psnr"]), command="fastsample bench out='<b>&'"
-    ).parent
+    return bench(settings(images=4, metrics=["swd", "psnr"]), command="fastsample bench out='<b>&'").parent
 
 
 def test_csv_and_json_agree(run: Path) -> None:
