@@ -472,6 +472,7 @@ class _Run:
     def _update(self, batch: Batch) -> dict[str, float]:
         """One update of each of the step's roles."""
         losses: dict[str, float] = {}
+        scaled = self.accelerator.scaler is not None  # which leaves out updates that overflow
         rate = self.trainer.rate(batch.step, self.method.elapsed(batch.step, self.trainer.steps))
         for role in self.method.roles(batch.step):
             optimizer = self.optimizers[role]
@@ -494,7 +495,7 @@ class _Run:
             clipped = self._clipped(role)
             # one synchronisation with the device for both
             value, norm = torch.stack([self.accelerator.reduce(loss, "mean"), clipped]).tolist()
-            if not math.isfinite(value) or (not math.isfinite(norm) and self.trainer.precision != "fp16"):
+            if not math.isfinite(value) or (not math.isfinite(norm) and not scaled):
                 what = "loss" if not math.isfinite(value) else "gradient"
                 raise NonFiniteError(
                     f"the {what} of {role!r} is not finite at step {batch.step} (seed {self.seed}, samples "

@@ -348,9 +348,39 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
         distill.Trainer(method, "digits", metric="fd-digits", samples=5, device="cpu").fit(tmp_path)
 
 
-def test_mixed_precision_trains(tmp_path: Path) -> None:
-    student = tiny_trainer(steps=4, metric=None, precision="bf16").fit(tmp_path)
+def test_what_a_training_leaves(whole: Path) -> None:
+    """Pictures of each evaluation, the best weights by the metric, and TensorBoard's events where it is installed."""
+    evaluations = range(8, STEPS + 1, 8)
+    assert sorted(f.name for f in (whole / "samples").iterdir()) == [f"{k:08d}.png" for k in evaluations]
+    means = {
+        (line["step"], decay): sum(line[f"fd-digits.ema{decay}.{k}"] for k in (1, 2, 4)) / 3
+        for line in log_of(whole)
+        if "fd-digits.ema0.99.1" in line
+        for decay in ("0.99", "0.999")
+    }
+    assert len(means) == 2 * len(evaluations)
+    best = min(means, key=lambda key: means[key])
+    training = fs.load(whole).training
+    assert (training["best step"], training["best average"]) == best
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = events.EventAccumulator(str(whole / "tensorboard")).Reload()
+    assert "loss/student" in found.Tags()["scalars"]
+    losses = [line["loss.student"] for line in log_of(whole) if "loss.student" in line]
+    assert [e.value for e in found.Scalars("loss/student")] == pytest.approx(losses)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains(precision: str, tmp_path: Path) -> None:
+    """Weights stay float32, move and are finite; on a GPU fp16 keeps its loss scale in the checkpoint."""
+    trainer = tiny_trainer(steps=4, metric=None, precision=precision)
+    student = trainer.fit(tmp_path)
     assert student(n=2, seed=0, labels=[0, 1]).dtype == torch.float32
+    state = final_state(tmp_path, 4)
+    start = trainer.method.nets["student"].state_dict()
+    assert all(bool(torch.isfinite(v).all()) for k, v in state.items() if isinstance(v, Tensor))
+    assert any(not torch.equal(state[f"/nets/student/{k}"], v) for k, v in start.items())
+    assert state["/nets/student/net.time_mlp.0.weight"].dtype == torch.float32
+    assert ("/scaler/scale" in state) == (precision == "fp16" and torch.cuda.is_available())
 
 
 def test_datasets_and_workers_give_the_same_order(tmp_path: Path) -> None:
