@@ -9,6 +9,7 @@ time with one thread, which other work on the machine disturbs least.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -111,11 +112,14 @@ class Bare:
         self.learn("student")
 
     def shortcut(self) -> None:
+        method: Any = self.method
         # the method draws for each sample, so that no two updates split alike
-        drawn = torch.rand(len(self.x)) < self.method.bootstrap  # type: ignore[attr-defined]
-        share = float(drawn.float().mean())
+        level = (torch.rand(len(self.x)) * (math.log2(method.finest) + 1)).long()
+        jumps = torch.rand(len(self.x)) < method.bootstrap
+        share, smallest = (float(rows.float().mean()) for rows in (jumps, jumps & (level == level.max())))
         self.frozen("teacher", share=1 - share)
-        self.frozen("target", "target", share=share)
+        self.frozen(*["teacher"] * 4, share=smallest)  # two Heun steps
+        self.frozen("target", "target", share=share - smallest)
         self.learn("student")
 
     def meanflow(self) -> None:
