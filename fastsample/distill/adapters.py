@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,7 +39,8 @@ class Conditioned(nn.Module):
         self.net = net
         self.name, self.at, self.width, self.scale = name, tuple(at), width, scale
         first = next(net.parameters())
-        self.adapter = nn.Sequential(nn.Linear(WIDTH, width), nn.SiLU(), nn.Linear(width, width))
+        with seeded(name):
+            self.adapter = nn.Sequential(nn.Linear(WIDTH, width), nn.SiLU(), nn.Linear(width, width))
         nn.init.zeros_(self.adapter[2].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.adapter[2].bias)  # type: ignore[arg-type]
         self.adapter.to(first.device, first.dtype)
@@ -65,6 +67,14 @@ class Conditioned(nn.Module):
             return self.net(x, t, **conditions)
         finally:
             self._added = None
+
+
+@contextmanager
+def seeded(name: str) -> Iterator[None]:
+    """New layers get the same weights in every process, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(zlib.crc32(name.encode()))
+        yield
 
 
 def conditioned(

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapters import seeded
+
 HEAD_WIDTH = 256
 
 
@@ -22,9 +24,11 @@ class Judging(nn.Module):
         super().__init__()
         self.net, self.at = net, at
         size = features[0].numel()
-        self.head = nn.Sequential(
-            nn.LayerNorm(size), nn.Linear(size, HEAD_WIDTH), nn.SiLU(), nn.Linear(HEAD_WIDTH, 1)
-        ).to(features.device, features.dtype)
+        with seeded("judge"):
+            head = nn.Sequential(
+                nn.LayerNorm(size), nn.Linear(size, HEAD_WIDTH), nn.SiLU(), nn.Linear(HEAD_WIDTH, 1)
+            )
+        self.head = head.to(features.device, features.dtype)
         self._read: Tensor | None = None
         net.get_submodule(at).register_forward_hook(self._keep)
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..denoiser import Denoiser
 from ..identity import weights_hash
 from ..process import Flow
-from .adapters import Conditioned
+from .adapters import Conditioned, seeded
 from .weights import own_parameters, sharing
 
 _ABOUT = "_fastsample_lora"
@@ -38,9 +38,7 @@ def with_lora(net: nn.Module, options: Mapping[str, Any]) -> nn.Module:
     base = weights_hash(_denoiser(net))
     result = sharing(net)
     try:
-        # the first matrix is random: the same whatever was drawn before in this process
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded("lora"):
             inject_adapter_in_model(LoraConfig(**options), result)
     except (TypeError, ValueError) as error:
         raise ValueError(

@@ -235,6 +235,16 @@ def test_shortcut_self_consistency_on_a_linear_ode(process: fs.Process) -> None:
     torch.testing.assert_close(twice, once, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["Shortcut", "MeanFlow", "DMD2"])
+def test_new_layers_do_not_depend_on_what_was_drawn_before(name: str) -> None:
+    first = getattr(distill, name)(fs.zoo.load("digits"))
+    torch.rand(3)
+    second = getattr(distill, name)(fs.zoo.load("digits"))
+    for role, net in first.nets.items():
+        for key, value in net.state_dict().items():
+            assert torch.equal(value, second.nets[role].state_dict()[key]), (role, key)
+
+
 @pytest.mark.parametrize("process", STRAIGHT, ids=lambda p: f"{p!r:.10}")
 def test_the_teacher_teaches_shortcuts_their_smallest_step(process: fs.Process) -> None:
     """Two Heun steps of the exact teacher: the average velocity, to second order."""
