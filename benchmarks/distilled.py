@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10_000, help="of each distance in the table")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/distilled"))
+    parser.add_argument("--note", default="", help="a sentence about the machine for the table")
     parser.add_argument("--table", action="store_true", help="only write the table of what is finished")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -122,6 +123,7 @@ def main() -> None:
             f"error; batches of {args.batch_size}; {args.threads} CPU thread, torch {torch.__version__}, "
             f"{platform.machine()}. "
             f"Written by `python benchmarks/distilled.py --teacher {args.teacher} --table`.",
+            *(["", args.note] if args.note else []),
             "",
             *student_rows(args.out, entry.metric),
             "",
