@@ -69,11 +69,11 @@ def network(run: Path) -> list[str]:
 def fits(folder: Path) -> list[str]:
     """Rows of what each fit took."""
     lines = []
-    for n in NFE:
-        record = fs.Plan.load(folder / f"tuned-{n}.json").options["record"]
+    for file in (f for n in NFE if (f := folder / f"tuned-{n}.json").exists()):
+        record = (plan := fs.Plan.load(file)).options["record"]
         gap = record["heldout_rmse"] / record["training_rmse"]
         lines.append(
-            f"| {folder.name} | {n} | {record['start_rmse']:.4f} | {record['heldout_rmse']:.4f} | {gap:.2f} | "
+            f"| {folder.name} | {plan.nfe} | {record['start_rmse']:.4f} | {record['heldout_rmse']:.4f} | {gap:.2f} | "
             f"{record['evaluations']:,} | {record['evaluations_per_batch']:.0f} |"
         )
     return lines
