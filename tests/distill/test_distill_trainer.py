@@ -162,7 +162,7 @@ def test_resume_says_from_where(tmp_path: Path, caplog: pytest.LogCaptureFixture
         tiny_trainer(steps=4, metric=None).fit(tmp_path / "nothing", resume=True)
     with pytest.raises(ValueError, match=r"another training: trainer\.batch_size was 16, is 8"):
         tiny_trainer(steps=4, metric=None, batch_size=8).fit(tmp_path)
-    with pytest.raises(ValueError, match=r"method\.bootstrap was 0\.5, is 0\.25"):
+    with pytest.raises(ValueError, match=r"method\.bootstrap was 0\.75, is 0\.25"):
         tiny_trainer("shortcut", {"bootstrap": 0.25}, steps=4, metric=None).fit(tmp_path)
 
 
