@@ -298,7 +298,7 @@ def wanted(names: Sequence[str], n: int, kept: int, compared: int) -> list[Wante
         ValueError: no such metric (the nearest is named), one named twice, another number of samples than the
             run has, or too few.
     """
-    table = _table()
+    table = _table() if names else {}  # torch-fidelity takes seconds to import
     found = []
     for name in names:
         base, asked = split_name(name, table)

@@ -32,7 +32,8 @@ class SCM(ConsistencyModel):
         warmup: r goes from 0 to 1 over so many updates (the paper: 10,000); a number below 1 is a share of
             the training.
         c: of the tangent's normalisation.
-        jvp: "auto", "forward" or "difference", see :class:`fastsample.distill.tangent.Tangent`.
+        jvp: "auto", "forward", "difference" or "secant", see :class:`fastsample.distill.tangent.Tangent`.
+        width: half of a secant, in angle.
     """
 
     from_teacher: bool = True
@@ -41,11 +42,21 @@ class SCM(ConsistencyModel):
     warmup: float = 0.25
     c: float = 0.1
     jvp: str = "auto"
+    width: float = 0.05
 
     converts: ClassVar[bool] = True
 
     def build(self) -> None:
         self._tangent = Tangent(self.jvp)
+        if not 0 < self.width < 0.5:
+            raise ValueError(f"width={self.width}: half of a secant lies in (0, 0.5)")
+
+    @property
+    def angles(self) -> tuple[float, float]:
+        """The least and the largest angle that is trained."""
+        process = self.teacher.process
+        low, high = (float(process.phi(t)) for t in (process.t_end, process.t_start))
+        return low, min(high, math.pi / 2 - 1e-4)
 
     def warmed(self, step: int) -> float:
         """r at an update."""
@@ -56,9 +67,8 @@ class SCM(ConsistencyModel):
 
     def objective(self, batch: Batch, role: str) -> Tensor:
         process = self.teacher.process
-        low, high = float(process.phi(process.t_end)), float(process.phi(process.t_start))
         phi = torch.atan(torch.exp(self.p_mean + self.p_std * batch.gaussian("t", stratified=True)))
-        phi = phi.clamp(low, min(high, math.pi / 2 - 1e-4))
+        phi = phi.clamp(*self.angles)
         t, rate = angle_to_time(process, phi)
         cos, sin = torch.cos(phi), torch.sin(phi)
         radius = torch.sqrt(process.alpha(t) ** 2 + process.sigma(t) ** 2)
@@ -94,7 +104,31 @@ class SCM(ConsistencyModel):
         # x = radius z; the factor cos sin keeps all tangents small (appendix B)
         dx = column(scaled * radius.detach(), z) * direction + column(scaled * rate * grows, z) * z
         student = self.denoiser("student")
-        return self._tangent(student, "v", x, t, dx, scaled * rate, batch.conditions)
+        return self._tangent(
+            student,
+            "v",
+            x,
+            t,
+            dx,
+            scaled * rate,
+            batch.conditions,
+            secant=lambda: column(scaled, z) * self.secant(z, direction, phi, batch),
+        )
+
+    @torch.no_grad()
+    def secant(self, z: Tensor, direction: Tensor, phi: Tensor, batch: Batch) -> Tensor:
+        """``dF/dphi`` from the two angles ``phi +- width`` of the trajectory, as far as these are trained."""
+        process = self.teacher.process
+        angles = [(phi + turn).clamp(*self.angles) for turn in (self.width, -self.width)]
+        values = []
+        for angle in angles:
+            # z and dz/dphi turn into each other while the clean sample and the noise stay
+            cos, sin = (column(f(angle - phi), z) for f in (torch.cos, torch.sin))
+            t = time_of_phi(process, angle)
+            radius = torch.sqrt(process.alpha(t) ** 2 + process.sigma(t) ** 2)
+            x = column(radius, z) * (cos * z + sin * direction)
+            values.append(self.predict("student", x, t, batch, "v"))
+        return (values[0] - values[1]) / column(angles[0] - angles[1], z)
 
 
 def angle_to_time(process: Process, phi: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,11 +23,11 @@ class OnPairs(Method):
     """What the methods on pairs (noise, the teacher's sample) share.
 
     Args:
-        pairs: their number.
+        pairs: their number. With too few the student learns them by heart.
         pair_solver, pair_steps: the teacher's sampler.
     """
 
-    pairs: int = 20_000
+    pairs: int = 60_000
     pair_solver: str = "unipc"
     pair_steps: int = 16
 

@@ -28,7 +28,8 @@ class MeanFlow(StepSized):
         p_mean, p_std: of logit-normal t and r (the paper: -0.4, 1).
         power: p of the adaptive weight ``1 / (|error|^2 + c)^p`` (eq. 22).
         c: of the adaptive weight.
-        jvp: "auto", "forward" or "difference", see :class:`fastsample.distill.tangent.Tangent`.
+        jvp: "auto", "forward", "difference" or "secant", see :class:`fastsample.distill.tangent.Tangent`.
+        width: half of a secant, in flow time.
     """
 
     different: float = 0.5
@@ -38,6 +39,7 @@ class MeanFlow(StepSized):
     power: float = 1.0
     c: float = 1e-3
     jvp: str = "auto"
+    width: float = 0.05
 
     def build(self) -> None:
         super().build()
@@ -45,11 +47,14 @@ class MeanFlow(StepSized):
             raise unknown("times", self.times, TIMES)
         self.adapt({})
         self._tangent = Tangent(self.jvp)
+        if not 0 < self.width < 0.5:
+            raise ValueError(f"width={self.width}: half of a secant lies in (0, 0.5)")
+        rho_min = float(self.teacher.process.rho(self.teacher.process.t_end))
+        self.tau_min = rho_min / (1 + rho_min)
 
     def objective(self, batch: Batch, role: str) -> Tensor:
         draws = [self.tau_max * self.time(batch, name) for name in ("t", "r")]
-        rho_min = float(self.teacher.process.rho(self.teacher.process.t_end))
-        tau = torch.maximum(*draws).clamp(min=rho_min / (1 + rho_min))
+        tau = torch.maximum(*draws).clamp(min=self.tau_min)
         lower = torch.minimum(torch.minimum(*draws), tau)
         lower = torch.where(batch.uniform("different") < self.different, lower, tau)
         t, rate = self.time_and_rate(tau)
@@ -62,13 +67,39 @@ class MeanFlow(StepSized):
         dx = column(scale, z) * v + column(grows * rate, z) * z
         size = tau - lower
         _, du = self._tangent(
-            self.denoiser("student"), "flow", x, t, dx, rate, batch.conditions, size, torch.ones_like(size)
+            self.denoiser("student"),
+            "flow",
+            x,
+            t,
+            dx,
+            rate,
+            batch.conditions,
+            size,
+            torch.ones_like(size),
+            secant=lambda: self.secant(z, v, tau, size, batch),
         )
         target = v - column(size, v) * du
         error = self.velocity("student", x, t, size, batch.conditions) - target
         square = error.flatten(1).square().sum(dim=1)
         weight = 1 / (square.detach() + self.c) ** self.power
         return weight * square
+
+    @torch.no_grad()
+    def secant(self, z: Tensor, v: Tensor, tau: Tensor, size: Tensor, batch: Batch) -> Tensor:
+        """``du/dt`` at fixed r from the two times ``tau +- width`` of the flow, as far as these lie in [r, 1].
+
+        Where r = t it does not count and may be anything finite.
+        """
+        process = self.teacher.process
+        ahead = (tau + self.width).clamp(max=self.tau_max) - tau
+        behind = -torch.minimum(size, (tau - self.tau_min).clamp(max=self.width))
+        values = []
+        for shift in (ahead, behind):
+            t = time_of_fraction(process, tau + shift)
+            x = self.scale(t, z) * (z + column(shift, z) * v)
+            values.append(self.velocity("student", x, t, size + shift, batch.conditions))
+        span = (ahead - behind).clamp(min=torch.finfo(torch.float32).eps)
+        return (values[0] - values[1]) / column(span, z)
 
     def time(self, batch: Batch, name: str) -> Tensor:
         """Numbers in (0, 1) of the distribution of times."""

@@ -70,10 +70,11 @@ def memorisation(samples: Tensor, train: Tensor, heldout: Tensor) -> Memorisatio
         )
     x, a, b = (v.detach().to("cpu", torch.float64).flatten(1) for v in (samples, train, heldout))
     size = min(len(a), len(b))
-    near_train, near_heldout = _matched_nearest(x, a, size), _matched_nearest(x, b, size)
-    first, second = torch.cat(
-        [torch.cdist(part, a).topk(2, largest=False).values for part in x.split(_BLOCK)]
-    ).unbind(1)
+    near_train, near_heldout, two = (
+        torch.cat(parts)
+        for parts in zip(*(_of_block(rows, a, b, size) for rows in x.split(_BLOCK)), strict=True)
+    )
+    first, second = two.unbind(1)
 
     if float(near_heldout.sum()) == 0:
         raise ValueError("heldout: every sample equals a held-out image, so the ratio is not defined")
@@ -90,11 +91,15 @@ def memorisation(samples: Tensor, train: Tensor, heldout: Tensor) -> Memorisatio
     )
 
 
-def _matched_nearest(x: Tensor, images: Tensor, size: int) -> Tensor:
-    """Distance of each row to its nearest image in a set of ``size``, averaged over disjoint parts."""
-    parts = len(images) // size
-    nearest = torch.zeros(len(x), dtype=x.dtype)
-    for p in range(parts):
-        part = images[p::parts][:size]
-        nearest += torch.cat([torch.cdist(rows, part).amin(dim=1) for rows in x.split(_BLOCK)])
-    return nearest / parts
+def _of_block(x: Tensor, train: Tensor, heldout: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of some samples: the size-matched nearest distances to both splits, and the two nearest training images."""
+    to_train, to_heldout = torch.cdist(x, train), torch.cdist(x, heldout)
+    two = to_train.topk(2, largest=False).values
+    return _matched_nearest(to_train, size), _matched_nearest(to_heldout, size), two
+
+
+def _matched_nearest(distances: Tensor, size: int) -> Tensor:
+    """Each row's least distance in a set of ``size`` images, averaged over disjoint parts of the columns."""
+    parts = distances.shape[1] // size
+    nearest = [distances[:, p::parts][:, :size].amin(dim=1) for p in range(parts)]
+    return torch.stack(nearest).mean(0)

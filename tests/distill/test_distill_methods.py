@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -299,10 +300,11 @@ def test_shortcut_sampling_is_exact_for_exact_velocities(steps: int) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("jvp", ["forward", "secant"])
 @pytest.mark.parametrize("process", STRAIGHT, ids=lambda p: f"{p!r:.10}")
-def test_meanflow_identity(process: fs.Process) -> None:
+def test_meanflow_identity(process: fs.Process, jvp: str) -> None:
     """At the exact average velocity the target is the velocity itself; elsewhere it is not."""
-    method = distill.MeanFlow(gaussian(process), different=1.0, jvp="forward")
+    method = distill.MeanFlow(gaussian(process), different=1.0, jvp=jvp, width=1e-4)
     x = 0.5 * torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss = method.loss(Batch.of(x, 0))
     assert float(loss.max()) < 1e-4, loss  # weight * square: 1 where the error is large
@@ -333,9 +335,10 @@ def test_progressive_target_is_two_ddim_steps(process: fs.Process) -> None:
 
 
 def test_progressive_halves_in_stages() -> None:
-    method = distill.Progressive(fs.zoo.load("digits"), first=8, convert=0, total=40)
+    method = distill.Progressive(fs.zoo.load("digits"), first=8, convert=0, total=60)
     assert method.stages == [8, 4, 2, 1]
-    assert [method.stage(s) for s in (0, 9, 10, 19, 20, 39)] == [0, 0, 1, 1, 2, 3]
+    # two and one steps are trained twice as long
+    assert [method.stage(s) for s in (0, 9, 10, 19, 20, 39, 40, 59)] == [0, 0, 1, 1, 2, 2, 3, 3]
     with torch.no_grad():
         next(iter(method.nets["student"].parameters())).add_(1.0)
     first = lambda role: next(iter(method.nets[role].parameters()))  # noqa: E731
@@ -347,8 +350,8 @@ def test_progressive_halves_in_stages() -> None:
 
 def test_progressive_anneals_each_stage_by_itself() -> None:
     method = distill.Progressive(fs.zoo.load("digits"), first=4, convert=20, total=80)
-    elapsed = [method.elapsed(s, 80) for s in (0, 10, 19, 20, 30, 39, 40, 60, 79)]
-    assert elapsed == pytest.approx([0, 0.5, 0.95, 0, 0.5, 0.95, 0, 0, 0.95])
+    elapsed = [method.elapsed(s, 80) for s in (0, 10, 19, 20, 26, 31, 32, 44, 56, 79)]
+    assert elapsed == pytest.approx([0, 0.5, 0.95, 0, 0.5, 11 / 12, 0, 0.5, 0, 23 / 24])
 
 
 def test_meanflow_times() -> None:
@@ -474,8 +477,6 @@ def test_tangents_are_derivatives(process: fs.Process, space: str) -> None:
     """Forward mode through network, time input and coefficients, against differences of the whole in float64."""
     net = fs.zoo.load("digits").net
     assert isinstance(net, nn.Module)
-    import copy
-
     net = copy.deepcopy(net).double()
     denoiser = fs.wrap(net, process, "v", time_input="c_noise", sample_shape=SHAPE)
     generator = torch.Generator().manual_seed(0)
@@ -534,12 +535,52 @@ def test_broken_forward_mode_is_replaced_aloud(
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_sound_networks_use_forward_mode(caplog: pytest.LogCaptureFixture) -> None:
-    method = distill.SCM(fs.zoo.load("digits"), convert=0, total=10)
+class _Paced(nn.Module):
+    """The digits network behind a time that goes by more slowly, as that of a slow embedding."""
+
+    def __init__(self, pace: float) -> None:
+        super().__init__()
+        net = fs.zoo.load("digits").net
+        assert isinstance(net, nn.Module)
+        self.net, self.pace = copy.deepcopy(net), pace
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.net(x, 500 + self.pace * (t - 500), labels)
+
+
+@pytest.mark.parametrize("kind", [distill.SCM, distill.MeanFlow])
+@pytest.mark.parametrize(("pace", "mode"), [(1.0, "secant"), (0.01, "forward")])
+def test_networks_that_are_rough_in_time_use_secants_aloud(
+    kind: Any, pace: float, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A derivative that an embedding of a thousand whole times makes is no derivative of the trajectory."""
+    teacher = fs.wrap(_Paced(pace), fs.zoo.load("digits").process, "eps", sample_shape=(1, 8, 8))
+    method = kind(teacher, convert=0, total=10)
     x, labels = digits("train")
-    method.loss(Batch.of(x[:4], labels=labels[:4]))
-    assert method._tangent.mode == "forward"
-    assert not caplog.records
+    method.loss(Batch.of(x[:64], labels=labels[:64]))
+    assert method._tangent.mode == mode
+    assert ("rough in time" in caplog.text) == (mode == "secant")
+
+
+@pytest.mark.parametrize("process", STRAIGHT, ids=lambda p: f"{p!r:.10}")
+def test_secants_converge_to_the_derivative(process: fs.Process) -> None:
+    """At second order in their width, for both methods that take them."""
+    x = 0.5 * torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for kind in (distill.SCM, distill.MeanFlow):
+        losses = []
+        for jvp, width in (("forward", 0.05), ("secant", 0.02), ("secant", 0.01)):
+            method = (
+                kind(gaussian(process), convert=0, warmup=0, jvp=jvp, width=width)
+                if kind is distill.SCM
+                else kind(gaussian(process), jvp=jvp, width=width, different=1.0)
+            )
+            with torch.no_grad():
+                method.nets["student"].theta += 0.3
+            losses.append(method.loss(Batch.of(x, 0)))
+        exact, wide, narrow = losses
+        errors = [float((loss - exact).abs().max()) for loss in (wide, narrow)]
+        assert errors[0] > 1e-9
+        assert errors[1] < 0.4 * errors[0]
 
 
 def test_scm_tangent_vanishes_at_the_truth() -> None:
