@@ -131,22 +131,22 @@ class Bare:
         self.frozen("teacher", "teacher")
         self.learn("student")
 
+    def _judged(self, *passes: Tensor | None) -> Tensor:
+        """What the fake network makes of some states and, where there is a discriminator, what that says."""
+        with self.method.judging() as logits:  # type: ignore[attr-defined]
+            outs = [self.net("fake", **({} if x is None else {"x": x})) for x in passes]
+        return outs[0].square().mean() + sum(v.mean() for v in logits)
+
     def _fake(self) -> None:
         self.frozen("student")
         with self.method.training("fake"):
-            loss = self.net("fake").square().mean()
-            if self.method.gan:  # type: ignore[attr-defined]
-                loss = loss + sum(self.net("fake", judge=True).mean() for _ in range(2))
-            self.learn("fake", loss)
+            self.learn("fake", self._judged(*[None] * (2 if self.method.gan else 1)))  # type: ignore[attr-defined]
 
     def sid(self) -> None:
         self._fake()
         with self.method.training("student"):
             x = self.net("student")
-            loss = self.net("teacher", x=x).square().mean() + self.net("fake", x=x).square().mean()
-            if self.method.gan:  # type: ignore[attr-defined]
-                loss = loss + self.net("fake", x=x, judge=True).mean()
-            self.learn("student", loss)
+            self.learn("student", self.net("teacher", x=x).square().mean() + self._judged(x))
 
     def dmd2(self) -> None:
         ratio = self.method.ratio  # type: ignore[attr-defined]
@@ -154,8 +154,8 @@ class Bare:
             self._fake()
         with self.method.training("student"):
             x = self.net("student")
-            self.frozen("teacher", "fake")
-            self.learn("student", self.net("fake", x=x, judge=True).mean() if self.method.gan else x.mean())  # type: ignore[attr-defined]
+            self.frozen("teacher")
+            self.learn("student", self._judged(x))
 
 
 def updates_of(trainer: distill.Trainer, folder: Path) -> list[float]:

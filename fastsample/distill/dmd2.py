@@ -31,9 +31,10 @@ class DMD2(ScoreDistillation):
         return ("fake", "student") if step % self.ratio == 0 else ("fake",)
 
     def generator_loss(self, batch: Batch, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.gan > 0):  # the discriminator's gradient alone
+            fake = predict(self.denoiser("fake"), x_t, t, batch.conditions)
         with torch.no_grad():
             real = predict(self.teacher, x_t, t, batch.conditions)
-            fake = predict(self.denoiser("fake"), x_t, t, batch.conditions)
             gradient = matching_gradient(x0, real, fake)
         # its gradient with respect to the samples is the one above
         return (x0 * gradient).flatten(1).mean(dim=1)

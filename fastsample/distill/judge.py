@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ HEAD_WIDTH = 256
 
 
 class Judging(nn.Module):
-    """A network with a discriminator on one of its inner outputs: ``net(..., judge=True)`` gives logits (B,).
+    """A network with a discriminator on one of its inner outputs, which judges what passes while it listens.
 
     Args:
         net: the network.
@@ -30,17 +32,27 @@ class Judging(nn.Module):
             )
         self.head = head.to(features.device, features.dtype)
         self._read: Tensor | None = None
+        self._logits: list[Tensor] | None = None
         net.get_submodule(at).register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self._read = output
 
-    def forward(self, x: Tensor, t: Tensor, judge: bool = False, **conditions: Any) -> Any:
+    @contextmanager
+    def listening(self) -> Iterator[list[Tensor]]:
+        """The logits (B,) of all passes within, in a list."""
+        self._logits = []
+        try:
+            yield self._logits
+        finally:
+            self._logits = None
+
+    def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Any:
         try:
             out = self.net(x, t, **conditions)
-            if not judge:
-                return out
-            assert self._read is not None
-            return self.head(self._read.flatten(1))[:, 0]
+            if self._logits is not None:
+                assert self._read is not None
+                self._logits.append(self.head(self._read.flatten(1))[:, 0])
+            return out
         finally:
             self._read = None

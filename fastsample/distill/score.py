@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -121,32 +121,39 @@ class ScoreDistillation(Method):
         """Whether there is a discriminator."""
         return self.gan > 0
 
-    def judged(self, x_t: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> Tensor:
-        """The discriminator's logits (B,) for noised samples."""
-        fake = self.denoiser("fake")
-        told = fake.told(fake.process.network_time(t)).to(x_t.device, fake.time_dtype(x_t.dtype))
-        return fake.net(x_t, told, judge=True, **{**fake.conditions, **conditions})
+    def judging(self) -> AbstractContextManager[list[Tensor]]:
+        """The discriminator's logits (B,) of what passes through the fake network within; without one, none."""
+        return self.nets["fake"].listening() if self.gan else nullcontext([])  # type: ignore[operator]
 
     def objective(self, batch: Batch, role: str) -> Tensor:
         process = self.teacher.process
         if role == "student":
             x0, t = self.generate(batch, "z"), self.time(batch, "t")
             x_t = noised(process, x0, batch.normal("eps"), t)
-            loss = self.generator_loss(batch, x0, x_t, t)
-            if self.gan:
-                loss = loss + self.gan * F.softplus(-self.judged(x_t, t, batch.conditions))
-            return loss
+            with self.judging() as logits:
+                loss = self.generator_loss(batch, x0, x_t, t)
+            return loss + sum(self.gan * F.softplus(-made) for made in logits)
         with torch.no_grad():
             x0 = self.generate(batch, "fake.z")
         t, eps = self.time(batch, "fake.t"), batch.normal("fake.eps")
         x_t = noised(process, x0, eps, t)
-        loss = self.following(x_t, x0, eps, t, batch.conditions)
+        with self.judging() as logits:
+            loss = self.following(x_t, x0, eps, t, batch.conditions)
+            if self.gan:
+                predict(
+                    self.denoiser("fake"),
+                    noised(process, batch.data, batch.normal("real.eps"), t),
+                    t,
+                    batch.conditions,
+                )
         if self.gan:
-            real_t = noised(process, batch.data, batch.normal("real.eps"), t)
-            made, real = (self.judged(x, t, batch.conditions) for x in (x_t, real_t))
+            made, real = logits
             loss = loss + self.gan_fake * (F.softplus(made) + F.softplus(-real))
         return loss
 
     def generator_loss(self, batch: Batch, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The generator's loss (B,) without the discriminator, from its samples and the same noised to t."""
+        """The generator's loss (B,) without the discriminator, from its samples and the same noised to t.
+
+        The noised samples pass through the fake network once, with gradients where there is a discriminator.
+        """
         raise NotImplementedError

@@ -468,6 +468,37 @@ def test_a_generator_that_has_the_data_stays(scores: Any) -> None:
         assert abs(float(method.nets["student"].theta.grad)) < 1e-12
 
 
+@pytest.mark.parametrize("kind", [distill.DMD2, distill.SiD])
+def test_the_discriminator_reads_the_one_pass_of_each_state(kind: Any) -> None:
+    """No state passes twice, the logits are those of a pass of its own, and both sides learn from them."""
+    x, labels = digits("train")
+    batch = Batch.of(x[:8], labels=labels[:8])
+    method = kind(fs.zoo.load("digits"), gan=0.5)
+    fake: Any = method.nets["fake"]
+    passed: list[Tensor] = []
+    fake.net.register_forward_hook(lambda module, args, out: passed.append(args[0].detach()))
+    with torch.no_grad():
+        fake.head[-1].weight.normal_(std=0.1)
+    losses = {}
+    for role, count in (("student", 1), ("fake", 2)):
+        with method.training(role):
+            losses[role] = method.objective(batch, role)
+        assert len(passed) == count
+        passed.clear()
+        losses[role].mean().backward(inputs=[p for p in method.nets[role].parameters() if p.requires_grad])
+    assert all(float(p.grad.abs().sum()) > 0 for p in fake.head.parameters())
+
+    # without the discriminator the generator's loss is less by its term, read in a pass of its own
+    with method.training("student"), torch.no_grad():
+        x0, t = method.generate(batch, "z"), method.time(batch, "t")
+        x_t = noised(method.teacher.process, x0, batch.normal("eps"), t)
+        plain = method.generator_loss(batch, x0, x_t, t)
+        with method.judging() as logits:
+            predict(method.denoiser("fake"), x_t, t, batch.conditions)
+    expected = plain + 0.5 * torch.nn.functional.softplus(-logits[0])
+    torch.testing.assert_close(losses["student"].detach(), expected)
+
+
 # -- derivatives ---------------------------------------------------------------------------------------------
 
 
