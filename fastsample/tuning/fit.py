@@ -437,10 +437,12 @@ class _Fit:
             smallest = smallest.clamp(min=_COARSE)
         path = self._state_path(chosen)
         state = self._resumed(path) or begin(self, len(self.table), smallest)
+        earlier = state.spent
         reference_loss = max(self.errors(torch.zeros(len(self.table), dtype=torch.float64)).loss, 1e-30)
         with _bar(self.progress, steps, self.settings["iterations"]) as tick:
 
             def on_iteration(state: State) -> bool:
+                state.spent = earlier + self._spent()
                 if path is not None and rank_and_size()[0] == 0:
                     write_atomically(path, json.dumps(state.to_dict()).encode())
                 tick(state)
@@ -463,7 +465,7 @@ class _Fit:
             )
         best = self.table.plan(torch.tensor(state.best, dtype=torch.float64))
         after = self.errors_of(best, self.unseen), self.errors_of(best, self.training)
-        spent = int(summed(torch.tensor(self.evaluations + self.made.evaluations)))
+        spent = earlier + self._spent()
         batch = (len(self.training) + len(self.unseen)) * best.nfe
         record = {
             "trajectories": self.made.key,
@@ -576,6 +578,10 @@ class _Fit:
             [self.made.key, start.to_json(), self.settings, len(self.training), len(self.unseen)]
         )
         return self.folder / f"state-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+    def _spent(self) -> int:
+        """Network evaluations of all processes since the start of this one."""
+        return int(summed(torch.tensor(self.evaluations + self.made.evaluations)))
 
     def _resumed(self, path: Path | None) -> State | None:
         if path is None or not path.exists():

@@ -72,6 +72,7 @@ class State:
         flat: iterations in a row without progress.
         stopped: why there are no more iterations; empty while there are.
         history: of each iteration the training loss and the held-out error.
+        spent: network evaluations so far, of all processes and restarts.
     """
 
     theta: list[float]
@@ -83,6 +84,7 @@ class State:
     flat: int = 0
     stopped: str = ""
     history: list[tuple[float, float]] = field(default_factory=list)
+    spent: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""

@@ -53,7 +53,8 @@ def test_killed_and_started_again_it_gives_the_same_plan(tmp_path: Path) -> None
     assert again.values == whole.values
     record, expected = again.options["record"], whole.options["record"]
     assert record["heldout_rmse"] == expected["heldout_rmse"]
-    assert record["evaluations"] < expected["evaluations"]  # of the last process alone
+    # of all processes: what the later ones repeated is spent, too
+    assert expected["evaluations"] <= record["evaluations"] < 3 * expected["evaluations"]
     assert not list(folder.rglob(".*"))  # nothing half-written
 
 
