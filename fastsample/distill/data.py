@@ -253,23 +253,13 @@ def _named(name: str) -> Data:
 
 
 def _torchvision(name: str) -> Data:
-    from torchvision import datasets
+    from ..zoo.data import torchvision_images
 
-    from ..zoo.data import data_folder
-
-    root = data_folder()
-    kind = {"fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
     try:
-        raw = kind(root, train=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"data={name}: not found under {root}/ (FASTSAMPLE_DATA names another folder); "
-            f"torchvision.datasets.{kind.__name__}({root!r}, download=True) "
-            "fetches it"
-        ) from error
-    x = torch.as_tensor(raw.data)
-    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
-    return Data(x.float() / 127.5 - 1, {"labels": torch.as_tensor(raw.targets)}, name)
+        x, labels = torchvision_images(name, "train")
+    except FileNotFoundError as error:
+        raise ValueError(f"data={error}") from error
+    return Data(x, {"labels": labels}, name)
 
 
 def _normalised(image: Any) -> Tensor:

@@ -71,19 +71,39 @@ def fashion_mnist(split: Literal["train", "heldout"] = "train") -> tuple[Tensor,
         ValueError: unknown split.
         FileNotFoundError: it has not been downloaded; the message has the command.
     """
+    return torchvision_images("fashion-mnist", split)
+
+
+def torchvision_images(name: str, split: Literal["train", "heldout"] = "train") -> tuple[Tensor, Tensor]:
+    """Images and labels of a data set that torchvision downloads.
+
+    Args:
+        name: ``"fashion-mnist"`` or ``"cifar10"``.
+        split: ``"train"`` or ``"heldout"`` (its test set).
+
+    Returns:
+        Images, float32 ``[N, C, H, W]`` in [-1, 1], and labels, int64 ``[N]``.
+
+    Raises:
+        ValueError: unknown split.
+        FileNotFoundError: it has not been downloaded; the message has the command.
+    """
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
-    from torchvision.datasets import FashionMNIST
+    from torchvision import datasets
 
     root = data_folder()
+    kind = {"fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
     try:
-        raw = FashionMNIST(root, train=split == "train")
+        raw = kind(root, train=split == "train")
     except RuntimeError as error:
         raise FileNotFoundError(
-            f"fashion-mnist: not found under {root}/ (FASTSAMPLE_DATA names another folder); "
-            f"torchvision.datasets.FashionMNIST({root!r}, download=True) fetches it"
+            f"{name}: not found under {root}/ (FASTSAMPLE_DATA names another folder); "
+            f"torchvision.datasets.{kind.__name__}({root!r}, download=True) fetches it"
         ) from error
-    return raw.data[:, None].float() / 127.5 - 1, raw.targets.long()
+    x = torch.as_tensor(raw.data)
+    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
+    return x.float() / 127.5 - 1, torch.as_tensor(raw.targets).long()
 
 
 def images_hash(images: Tensor) -> str:
