@@ -3,45 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gaussian_model import SHAPE, make_model
+from helpers_bench import points_of_run
 
 import fastsample as fs
 from fastsample.bench import kdiffusion
 from fastsample.bench.errors import UserError
-from fastsample.bench.run import bench
-from fastsample.conf import BenchConfig, ReferenceConfig
 
 INSTALLED = importlib.util.find_spec("k_diffusion") is not None
 needs_it = pytest.mark.skipif(not INSTALLED, reason="k-diffusion is not installed")
 
 
-def run(tmp_path: Path, solvers: list[Any], **changes: Any) -> dict[tuple[str, float], dict[str, Any]]:
-    config = BenchConfig(
-        model={"_target_": "gaussian_model.make_model"},
-        solvers=solvers,
-        n=40,
-        batch=20,
-        images=0,
-        metrics=[],
-        reference=ReferenceConfig(steps=60, n=40),
-        out=str(tmp_path / "run"),
-        **({"nfe": [5]} | changes),
-    )
-    bench(config)
-    points = json.loads((tmp_path / "run" / "results.json").read_text())["points"]
-    return {(p["label"], p["nfe"]): p for p in points}
-
-
 @pytest.mark.skipif(INSTALLED, reason="k-diffusion is installed")
 def test_without_it_the_remedy_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'kdiffusion:dpmpp_2m' needs k-diffusion: pip install k-diffusion"):
-        run(tmp_path, ["kdiffusion:dpmpp_2m"])
+        points_of_run(tmp_path, ["kdiffusion:dpmpp_2m"])
     assert not (tmp_path / "run" / "cells").exists()
 
 
@@ -71,7 +52,7 @@ def test_theirs_and_ours_are_the_same_sampler(theirs: str, ours: str, process: s
 
 @needs_it
 def test_evaluations_are_counted_and_budgets_kept(tmp_path: Path) -> None:
-    found = run(
+    found = points_of_run(
         tmp_path,
         ["kdiffusion:heun", "kdiffusion:lms", "kdiffusion:euler_ancestral", "kdiffusion:dpmpp_sde", "ddim"],
         nfe=[8],
@@ -117,7 +98,7 @@ def test_noise_of_theirs_is_repeatable_and_leaves_the_generator_alone() -> None:
 )
 def test_bad_settings_are_refused_before_any_work(solver: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        run(tmp_path, [solver])
+        points_of_run(tmp_path, [solver])
     assert not (tmp_path / "run" / "cells").exists()
 
 

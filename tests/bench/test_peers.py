@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gaussian_model import SHAPE, make_model
+from helpers_bench import points_of_run
 
 import fastsample as fs
 from fastsample.bench import peers
 from fastsample.bench.errors import UserError
-from fastsample.bench.run import bench
-from fastsample.conf import BenchConfig, ReferenceConfig
 
 HERE = "gaussian_model.make_model"
-
-
-def run(tmp_path: Path, solvers: list[Any], **changes: Any) -> dict[tuple[str, float], dict[str, Any]]:
-    config = BenchConfig(
-        model={"_target_": HERE},
-        solvers=solvers,
-        n=40,
-        batch=20,
-        images=0,
-        metrics=[],
-        reference=ReferenceConfig(steps=60, n=40),
-        out=str(tmp_path / "run"),
-        **({"nfe": [5]} | changes),
-    )
-    bench(config)
-    points = json.loads((tmp_path / "run" / "results.json").read_text())["points"]
-    return {(p["label"], p["nfe"]): p for p in points}
 
 
 def test_theirs_and_ours_of_the_same_name_agree(tmp_path: Path) -> None:
     """DDIM on the same times is the same sampler; DPM-Solver++(2M) nearly, but for their rounded times."""
     trailing = {"name": "ddim", "label": "ours"}
-    found = run(
+    found = points_of_run(
         tmp_path,
         [trailing, "diffusers:ddim", "dpmpp_2m", "diffusers:dpmpp_2m"],
         grids=[None],
@@ -53,7 +34,7 @@ def test_theirs_and_ours_of_the_same_name_agree(tmp_path: Path) -> None:
 
 
 def test_evaluations_are_counted_and_budgets_kept(tmp_path: Path) -> None:
-    found = run(tmp_path, ["diffusers:heun", "diffusers:pndm", "diffusers:euler_a"], nfe=[8])
+    found = points_of_run(tmp_path, ["diffusers:heun", "diffusers:pndm", "diffusers:euler_a"], nfe=[8])
     assert {k: p["steps"] for k, p in found.items()} == {
         ("diffusers:heun", 7.0): 4,  # 2 n - 1
         ("diffusers:pndm", 8.0): 7,  # n + 1
@@ -66,16 +47,18 @@ def test_evaluations_are_counted_and_budgets_kept(tmp_path: Path) -> None:
 
 def test_a_function_of_ones_own(tmp_path: Path) -> None:
     mine = {"_target_": "peer_functions.euler", "power": 1.0, "label": "mine"}
-    found = run(tmp_path, [mine, {"_target_": "peer_functions.euler", "power": 1.5}, "ddim"], nfe=[6])
+    found = points_of_run(
+        tmp_path, [mine, {"_target_": "peer_functions.euler", "power": 1.5}, "ddim"], nfe=[6]
+    )
     assert set(found) == {("mine", 6.0), ("euler", 6.0), ("ddim", 6.0)}
     assert found["mine", 6.0]["rmse"] == pytest.approx(found["ddim", 6.0]["rmse"], rel=0.05)
     assert found["mine", 6.0]["rmse"] != found["euler", 6.0]["rmse"]
 
 
 def test_a_finished_run_keeps_peers_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path, ["diffusers:unipc"])
+    points_of_run(tmp_path, ["diffusers:unipc"])
     capsys.readouterr()
-    run(tmp_path, ["diffusers:unipc"])
+    points_of_run(tmp_path, ["diffusers:unipc"])
     assert "2 of 2 cells are finished already" in capsys.readouterr().err
 
 
@@ -105,7 +88,7 @@ def test_flows_run_theirs() -> None:
 )
 def test_bad_peers_are_refused_before_any_work(solver: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        run(tmp_path, [solver])
+        points_of_run(tmp_path, [solver])
     assert not (tmp_path / "run" / "cells").exists()
 
 
