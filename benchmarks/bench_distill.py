@@ -77,6 +77,10 @@ class Bare:
         self.method.nets[role].zero_grad(set_to_none=True)
 
     def derivative(self) -> None:
+        tangent: Any = self.method._tangent  # type: ignore[attr-defined]
+        if tangent.mode == "secant":
+            self.frozen("student", "student")
+            return
         names = list(self.told)
 
         def network(x: Tensor, t: Tensor, *told: Tensor) -> Tensor:

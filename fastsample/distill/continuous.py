@@ -80,19 +80,19 @@ class SCM(ConsistencyModel):
                 direction = predict(self.teacher, x, t, batch.conditions, "v")
         else:
             direction = column(cos, x0) * eps - column(sin, x0) * x0
-        value, tangent = self.tangent(x, z, direction, phi, t, rate, batch)
+        out = self.predict("student", x, t, batch, "v")
+        tangent = self.tangent(x, z, direction, phi, t, rate, batch)
         r = self.warmed(batch.step)
         c, s = column(cos, z), column(sin, z)
-        g = -(c**2) * (value - direction) - r * (c * s * z + tangent)
+        g = -(c**2) * (out.detach() - direction) - r * (c * s * z + tangent)
         norm = g.flatten(1).norm(dim=1).reshape(-1, *[1] * (g.ndim - 1))
         g = g / (norm + self.c)
-        out = self.predict("student", x, t, batch, "v")
         return squared(out - out.detach() - g)
 
     def tangent(
         self, x: Tensor, z: Tensor, direction: Tensor, phi: Tensor, t: Tensor, rate: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor]:
-        """``F`` and ``cos sin dF/dphi`` of the student along the trajectory."""
+    ) -> Tensor:
+        """``cos sin dF/dphi`` of the student along the trajectory."""
         process = self.teacher.process
         scaled = torch.cos(phi) * torch.sin(phi)
         with torch.enable_grad():

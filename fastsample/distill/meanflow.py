@@ -66,7 +66,7 @@ class MeanFlow(StepSized):
         # along the flow: dz/dtau = v, so x = scale(t) z moves with both
         dx = column(scale, z) * v + column(grows * rate, z) * z
         size = tau - lower
-        _, du = self._tangent(
+        du = self._tangent(
             self.denoiser("student"),
             "flow",
             x,

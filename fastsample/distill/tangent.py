@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..denoiser import Denoiser
 from ..errors import unknown
 from ..prediction import coefficients
-from .prediction import column, predict
+from .prediction import column
 
 log = logging.getLogger(__name__)
 _DIFFERENCE = 1e-3
@@ -23,7 +23,7 @@ MODES = ("auto", "forward", "difference", "secant")
 
 
 class Tangent:
-    """``(F, dF)`` of a denoiser's prediction F along a curve ``(x(s), t(s))``.
+    """``dF/ds`` of a denoiser's prediction F along a curve ``(x(s), t(s))``.
 
     The first call with "auto" compares forward mode with a difference quotient and with a secant: operators
     without a forward-mode rule raise, and some return zero tangents silently; and a network that is told its time
@@ -54,7 +54,7 @@ class Tangent:
         dstep: Tensor | None = None,
         *,
         secant: Callable[[], Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """
         Args:
             denoiser: the network with its meaning.
@@ -68,7 +68,7 @@ class Tangent:
         if self.mode == "secant":
             if secant is None:
                 raise ValueError("jvp='secant' needs a curve, and this derivative has none")
-            return predict(denoiser, x, t, conditions, space, step=step), secant()
+            return secant()
         process = denoiser.process
         with torch.enable_grad():
             time = t.detach().clone().requires_grad_()
@@ -107,7 +107,6 @@ class Tangent:
                 out, dout, *_ = torch.func.jvp(network, primals, tangents)
         else:
             out, dout = self._difference(network, primals, tangents)
-        value = column(p, x) * x + column(q, x) * out
         derivative = column(dp, x) * x + column(p, x) * dx + column(dq, x) * out + column(q, x) * dout
         if examined and secant is not None:
             smooth = secant()
@@ -119,7 +118,7 @@ class Tangent:
                 )
                 self.mode = "secant"
                 derivative = smooth
-        return value, derivative
+        return derivative
 
     def _examine(self, network: Any, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> str:
         try:

@@ -514,13 +514,12 @@ def test_tangents_are_derivatives(process: fs.Process, space: str) -> None:
     x, dx = (torch.randn(3, *SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
     t = process.t_of_rho(torch.tensor([0.3, 1.0, 2.0]))
     dt = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64) * (t / 10)
-    value, tangent = Tangent("forward")(denoiser, space, x, t, dx, dt, {})
+    tangent = Tangent("forward")(denoiser, space, x, t, dx, dt, {})
     h = 1e-6
     with torch.no_grad():
         ahead, behind = (predict(denoiser, x + s * h * dx, t + s * h * dt, {}, space) for s in (1, -1))
-        torch.testing.assert_close(value, predict(denoiser, x, t, {}, space))
     torch.testing.assert_close(tangent, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-6)
-    _, difference = Tangent("difference")(denoiser, space, x, t, dx, dt, {})
+    difference = Tangent("difference")(denoiser, space, x, t, dx, dt, {})
     torch.testing.assert_close(difference, tangent, rtol=1e-4, atol=1e-5)
 
 
@@ -558,7 +557,7 @@ def test_broken_forward_mode_is_replaced_aloud(
     x, dx = torch.randn(2, 2, *SHAPE, generator=torch.Generator().manual_seed(0))
     t, dt = torch.tensor([[0.5, 1.0], [1.0, 1.0]], dtype=torch.float64)
     tangent = Tangent("auto")
-    _, got = tangent(denoiser, "v", x, t, dx, dt, {})
+    got = tangent(denoiser, "v", x, t, dx, dt, {})
     assert tangent.mode == "difference"
     assert why in caplog.text
     cos, sin = (f(t).float().reshape(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
