@@ -32,6 +32,11 @@ class Progressive(Method):
     solver: ClassVar[str] = "ddim"
 
     @property
+    def steps(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The last stage's: what it forgets of the others is not to be sampled with."""
+        return (self.last,)
+
+    @property
     def solver_options(self) -> dict[str, Any]:
         return {"grid": self.grid, "end": "zero"}
 

@@ -337,6 +337,8 @@ def test_progressive_target_is_two_ddim_steps(process: fs.Process) -> None:
 def test_progressive_halves_in_stages() -> None:
     method = distill.Progressive(fs.zoo.load("digits"), first=8, convert=0, total=60)
     assert method.stages == [8, 4, 2, 1]
+    assert method.steps == (1,)
+    assert distill.Progressive(fs.zoo.load("digits"), last=4).steps == (4,)
     # two and one steps are trained twice as long
     assert [method.stage(s) for s in (0, 9, 10, 19, 20, 39, 40, 59)] == [0, 0, 1, 1, 2, 2, 3, 3]
     with torch.no_grad():
