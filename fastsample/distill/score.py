@@ -123,7 +123,10 @@ class ScoreDistillation(Method):
 
     def judging(self) -> AbstractContextManager[list[Tensor]]:
         """The discriminator's logits (B,) of what passes through the fake network within; without one, none."""
-        return self.nets["fake"].listening() if self.gan else nullcontext([])  # type: ignore[operator]
+        if not self.gan:
+            return nullcontext([])
+        # a launched training wraps the network
+        return next(m for m in self.nets["fake"].modules() if isinstance(m, Judging)).listening()
 
     def objective(self, batch: Batch, role: str) -> Tensor:
         process = self.teacher.process
