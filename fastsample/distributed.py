@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +24,16 @@ def _state() -> Any:
             f"launched as {os.environ['WORLD_SIZE']} processes, but {state.num_processes} came together; "
             "see torchrun --help"
         )
+    _leave_at_exit()
     return state
+
+
+@cache
+def _leave_at_exit() -> None:
+    """A process that ends with its connections open can die of their threads (SIGABRT), its work all done."""
+    from accelerate import PartialState
+
+    atexit.register(PartialState().destroy_process_group)
 
 
 def rank_and_size() -> tuple[int, int]:
