@@ -135,16 +135,16 @@ class Bare:
         self.frozen("teacher", "teacher")
         self.learn("student")
 
-    def _judged(self, *passes: Tensor | None) -> Tensor:
+    def _judged(self, *passes: Tensor) -> Tensor:
         """What the fake network makes of some states and, where there is a discriminator, what that says."""
         with self.method.judging() as logits:  # type: ignore[attr-defined]
-            outs = [self.net("fake", **({} if x is None else {"x": x})) for x in passes]
+            outs = [self.net("fake", x=x) for x in passes]
         return outs[0].square().mean() + sum(v.mean() for v in logits)
 
     def _fake(self) -> None:
         self.frozen("student")
         with self.method.training("fake"):
-            self.learn("fake", self._judged(*[None] * (2 if self.method.gan else 1)))  # type: ignore[attr-defined]
+            self.learn("fake", self._judged(*[self.x] * (2 if self.method.gan else 1)))  # type: ignore[attr-defined]
 
     def sid(self) -> None:
         self._fake()

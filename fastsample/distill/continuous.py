@@ -14,7 +14,7 @@ from .batch import Batch
 from .consistency import ConsistencyModel
 from .method import squared
 from .prediction import column, predict, time_of_phi
-from .tangent import Tangent
+from .tangent import Tangent, check_width
 
 
 @dataclass
@@ -48,15 +48,10 @@ class SCM(ConsistencyModel):
 
     def build(self) -> None:
         self._tangent = Tangent(self.jvp)
-        if not 0 < self.width < 0.5:
-            raise ValueError(f"width={self.width}: half of a secant lies in (0, 0.5)")
-
-    @property
-    def angles(self) -> tuple[float, float]:
-        """The least and the largest angle that is trained."""
+        check_width(self.width)
         process = self.teacher.process
         low, high = (float(process.phi(t)) for t in (process.t_end, process.t_start))
-        return low, min(high, math.pi / 2 - 1e-4)
+        self.angles = (low, min(high, math.pi / 2 - 1e-4))  # the least and the largest that are trained
 
     def warmed(self, step: int) -> float:
         """r at an update."""

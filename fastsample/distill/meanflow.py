@@ -11,7 +11,7 @@ from ..errors import unknown
 from .batch import Batch
 from .prediction import column, time_of_fraction
 from .shortcut import StepSized
-from .tangent import Tangent
+from .tangent import Tangent, check_width
 
 TIMES = ("uniform", "logit_normal")
 
@@ -47,8 +47,7 @@ class MeanFlow(StepSized):
             raise unknown("times", self.times, TIMES)
         self.adapt({})
         self._tangent = Tangent(self.jvp)
-        if not 0 < self.width < 0.5:
-            raise ValueError(f"width={self.width}: half of a secant lies in (0, 0.5)")
+        check_width(self.width)
         rho_min = float(self.teacher.process.rho(self.teacher.process.t_end))
         self.tau_min = rho_min / (1 + rho_min)
 

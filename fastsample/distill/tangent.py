@@ -22,6 +22,18 @@ _ROUGH = 0.5
 MODES = ("auto", "forward", "difference", "secant")
 
 
+def check_width(width: float) -> None:
+    """
+    Args:
+        width: half of a secant, in a trajectory's angle or flow time.
+
+    Raises:
+        ValueError: a secant would be longer than the trajectory.
+    """
+    if not 0 < width < 0.5:
+        raise ValueError(f"width={width}: half of a secant lies in (0, 0.5)")
+
+
 class Tangent:
     """``dF/ds`` of a denoiser's prediction F along a curve ``(x(s), t(s))``.
 

@@ -61,6 +61,13 @@ def test_leaders_need_two_standard_errors_of_the_paired_difference() -> None:
     assert compare(other_noise, nearer, METRIC, SPLIT) is None  # nothing shared: nothing is claimed
     tie = leaders([point("a", 8, 0.3), point("b", 8, 0.3), far], METRIC, SPLIT)["8"]
     assert [p.solver for p in tie] == ["a", "b"]
+    # ahead, but within two standard errors of the difference: other samples under the same indices
+    (cell,) = point("e", 8, 0.31, seeds=(1,)).cells
+    unsure = Point("e", None, 8, ({**cell, "seed": 0},))
+    difference = compare(unsure, nearer, METRIC, SPLIT)
+    assert difference is not None
+    assert 0 < abs(difference.value) < 2 * difference.se
+    assert [p.solver for p in leaders([nearer, unsure, far], METRIC, SPLIT)["8"]] == ["b", "e"]
     assert leaders([near, point("b", 9, 0.3)], METRIC, SPLIT) == {}
 
 

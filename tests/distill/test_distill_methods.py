@@ -681,6 +681,8 @@ def test_settings_are_refused_early() -> None:
         (distill.DMD2, {"at": "nowhere"}, "at='nowhere'"),
         (distill.Shortcut, {"at": "nowhere"}, "at='nowhere'"),
         (distill.SCM, {"jvp": "backward"}, "jvp='backward'"),
+        (distill.SCM, {"width": 0.0}, "width=0.0"),
+        (distill.MeanFlow, {"width": 0.6}, "width=0.6"),
         (distill.Knowledge, {"pairs": 0}, "pairs=0"),
     ):
         with pytest.raises(ValueError, match=message):
