@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
-from ..identity import outputs_hash
+from ..identity import Probe, probe
 from ..noise import START, normal
 from ..plan import write_atomically
 from ..sampler import Sampler
@@ -76,9 +76,9 @@ def make_pairs(
     teacher = sampler.denoiser
     source, device = as_data(data), teacher.device
     shape = teacher.sample_shape or source.shape
-    probe = source.conditions(torch.arange(3), device)
+    known = probe(teacher, (3, *shape), source.conditions(torch.arange(3), device))
     identity = {
-        "teacher": outputs_hash(teacher, (3, *shape), probe),
+        "teacher": known.to_dict(),
         "plan": sampler.plan.to_json() if sampler.plan is not None else solver,
         "data": source.sha256,
         "seed": seed,
@@ -86,11 +86,17 @@ def make_pairs(
     }
     folder.mkdir(parents=True, exist_ok=True)
     described = folder / "pairs.json"
-    if described.exists() and json.loads(described.read_text()) != identity:
-        raise ValueError(
-            f"{folder} holds pairs of another teacher, data or plan; give another folder, or delete this one"
-        )
-    write_atomically(described, json.dumps(identity).encode())
+    if described.exists():
+        there = json.loads(described.read_text())
+        others = [name for name in identity if name != "teacher" and there.get(name) != identity[name]]
+        if (why := known.differs(Probe.from_dict(there["teacher"]))) is not None:
+            others.insert(0, f"teacher ({why})")
+        if others:
+            raise ValueError(
+                f"{folder} holds pairs with another {', '.join(others)}; give another folder, or delete this one"
+            )
+    else:
+        write_atomically(described, json.dumps(identity).encode())
     parts: list[dict[str, Tensor]] = []
     with _bar(progress, -(-n // SHARD)) as tick:
         for shard, first in enumerate(range(0, n, SHARD)):

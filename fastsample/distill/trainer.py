@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..denoiser import select
 from ..errors import NonFiniteError, unknown
-from ..identity import outputs_hash
+from ..identity import Probe, probe
 from . import sharding
 from .batch import Batch
 from .checkpoint import Checkpoints
@@ -331,7 +331,7 @@ class _Run:
         return {
             "method": {"name": type(method).__name__, **method.settings},
             "trainer": trainer.describe(),
-            "teacher": outputs_hash(teacher, (3, *method.sample_shape), conditions),
+            "teacher": probe(teacher, (3, *method.sample_shape), conditions).to_dict(),
             "data": {"name": data.name, "sha256": data.sha256},
         }
 
@@ -341,7 +341,8 @@ class _Run:
         own = json.loads(json.dumps(self.identity, default=str))
         if file.exists():
             other = json.loads(file.read_text())
-            if differences := _different(other, own):
+            why = Probe.from_dict(own.pop("teacher")).differs(Probe.from_dict(other.pop("teacher")))
+            if differences := _different(other, own) + ([] if why is None else [f"teacher: {why}"]):
                 raise ValueError(
                     f"{self.folder} holds another training: {'; '.join(differences)}; give another folder, or the "
                     "same settings"

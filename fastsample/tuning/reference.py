@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser, select
-from ..identity import outputs_hash
+from ..identity import Probe, probe
 from ..noise import normal
 from ..plan import write_atomically
 from ..sampler import Sampler
 
 Conditions = Mapping[str, Any] | Callable[[Tensor], Mapping[str, Any]]
 
+_FOLDER = "trajectories-"
+_PROBE = "probe.json"
 _NOISE = 0xFFFFFFFE  # noise stream of the trajectories: never the noise that a user samples from
 
 
@@ -77,16 +79,11 @@ class Trajectories:
         self._solver = Sampler(denoiser, "auto", steps, end=end)
         self._half = Sampler(denoiser, "auto", max(1, steps // 2), end=end)
         few = min(2, n)
-        self.key = hashlib.sha256(
-            json.dumps(
-                [
-                    outputs_hash(denoiser, (few, *self.shape), self.conditions(torch.arange(few))),
-                    *(seed, str(dtype), batch_size),
-                    self._solver.plan.to_json(),
-                ]
-            ).encode()
-        ).hexdigest()[:16]
-        self._folder = None if folder is None else folder / f"trajectories-{self.key}"
+        known = probe(denoiser, (few, *self.shape), self.conditions(torch.arange(few)))
+        settings = json.dumps([known.exact, seed, str(dtype), batch_size, self._solver.plan.to_json()])
+        name = hashlib.sha256(settings.encode()).hexdigest()[:16]
+        self._folder = None if folder is None else _place(folder, name, known)
+        self.key = f"{name}-{known.digest}" if self._folder is None else self._folder.name[len(_FOLDER) :]
         self._made: dict[tuple[int, int], Tensor] = {}
 
     def conditions(self, index: Tensor) -> Mapping[str, Any]:
@@ -145,3 +142,18 @@ class Trajectories:
         self.evaluations += self._half.plan.nfe * len(x)
         self.error = float((x - batch.solution).double().square().mean().sqrt())
         return self.error
+
+
+def _place(folder: Path, name: str, known: Probe) -> Path:
+    """The folder of this model's trajectories: one that is there, though other kernels made it, or a new one."""
+    for file in sorted(folder.glob(f"{_FOLDER}{name}-*/{_PROBE}")):
+        try:
+            there = Probe.from_dict(json.loads(file.read_text()))
+        except (ValueError, KeyError, TypeError):
+            warnings.warn(f"{file} is damaged; its trajectories are made again elsewhere", stacklevel=2)
+            continue
+        if known.differs(there) is None:
+            return file.parent
+    place = folder / f"{_FOLDER}{name}-{known.digest}"
+    write_atomically(place / _PROBE, json.dumps(known.to_dict()).encode())
+    return place

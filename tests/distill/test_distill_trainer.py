@@ -26,6 +26,7 @@ import fastsample as fs
 from fastsample import distill
 from fastsample.distill.checkpoint import Checkpoints
 from fastsample.distill.ema import PowerAverages, gamma_of_std, weights_of
+from fastsample.distill.pairs import make_pairs
 from fastsample.errors import NonFiniteError
 from fastsample.zoo.data import digits
 from fastsample.zoo.mixture import MixtureNet, digits_mixture
@@ -164,6 +165,29 @@ def test_resume_says_from_where(tmp_path: Path, caplog: pytest.LogCaptureFixture
         tiny_trainer(steps=4, metric=None, batch_size=8).fit(tmp_path)
     with pytest.raises(ValueError, match=r"method\.bootstrap was 0\.75, is 0\.25"):
         tiny_trainer("shortcut", {"bootstrap": 0.25}, steps=4, metric=None).fit(tmp_path)
+
+
+def test_resume_with_another_number_of_threads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its kernels give the teacher's outputs other last bits: it is the same training all the same."""
+    data, before = fs.zoo.MODELS["digits"].data, torch.get_num_threads()
+
+    def fit() -> None:
+        method = distill.Shortcut(fs.zoo.load("digits"))
+        trainer = distill.Trainer(
+            method, data, steps=4, batch_size=8, metric=None, save_every=2, device="cpu"
+        )
+        trainer.fit(tmp_path)
+
+    try:
+        torch.set_num_threads(1)
+        fit()
+        (tmp_path / "manifest.json").unlink()
+        torch.set_num_threads(2)
+        with caplog.at_level(logging.INFO):
+            fit()
+    finally:
+        torch.set_num_threads(before)
+    assert "from step 4 of 4" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "manifest", "missing"])
@@ -471,3 +495,17 @@ def test_power_averages_and_their_reconstruction() -> None:
                 values.append(float(kept.weight))
     made = float((weights_of(keys, 400, 0.08) * torch.tensor(values, dtype=torch.float64)).sum())
     assert made == pytest.approx(float(direct.nets["0.08"].weight), abs=0.02 * float(path.std()))
+
+
+def test_pairs_of_another_teacher_are_refused(tmp_path: Path) -> None:
+    teacher, other = tiny_teacher(), tiny_teacher()
+    for denoiser in (teacher, other):
+        denoiser.net.eval()  # type: ignore[attr-defined]
+    with torch.no_grad():
+        next(other.net.parameters()).mul_(1.01)  # type: ignore[attr-defined]
+    first = make_pairs(teacher, "digits", 20, tmp_path, steps=2)
+    assert torch.equal(make_pairs(teacher, "digits", 20, tmp_path, steps=2).x0, first.x0)
+    with pytest.raises(ValueError, match="pairs with another plan; give another folder"):
+        make_pairs(teacher, "digits", 20, tmp_path, steps=3)
+    with pytest.raises(ValueError, match=r"pairs with another teacher \(its weights"):
+        make_pairs(other, "digits", 20, tmp_path, steps=2)
