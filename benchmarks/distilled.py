@@ -11,6 +11,7 @@ Killed and started again it goes on.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import platform
 import resource
@@ -25,8 +26,10 @@ from fastsample import distill
 from fastsample.distill.data import as_data
 from fastsample.distill.evaluation import Evaluation
 from fastsample.distill.student import Student
+from fastsample.metrics import FrechetReference
 from fastsample.zoo import MODELS
 
+SOLUTION = 60  # steps of auto after which nothing changes
 TEACHERS = [("auto", k) for k in (1, 4, 5, 8, 16, 35)] + [("unipc", k) for k in (1, 4, 5, 8, 16, 35)]
 
 
@@ -37,21 +40,27 @@ class _Teacher(Student):
         return fs.Sampler(self.denoiser, self.solver, steps, end="zero")
 
 
-def teacher_table(teacher: str, samples: int) -> list[str]:
-    denoiser, entry = fs.zoo.load(teacher), MODELS[teacher]
-    evaluation = Evaluation(entry.metric, samples, as_data(entry.data), torch.device("cpu"))
-    lines = [f"| teacher's solver | evaluations | {entry.metric} |", "|---|---|---|"]
-    for solver, steps in TEACHERS:
+def teacher_table(denoiser: fs.Denoiser, evaluation: Evaluation) -> list[str]:
+    lines = [f"| teacher's solver | evaluations | {evaluation.metric} |", "|---|---|---|"]
+    for solver, steps in (*TEACHERS, ("auto", SOLUTION)):
         found = evaluation.distance(_Teacher(denoiser, solver), steps, seed=1)
         lines.append(f"| `{solver}` | {steps} | {found.value:.3f} ± {found.se:.3f} |")
     return lines
 
 
-def student_rows(out: Path, metric: str) -> list[str]:
+def to_the_solution(denoiser: fs.Denoiser, evaluation: Evaluation) -> Evaluation:
+    """The same evaluation, but against the teacher's own solution instead of the data."""
+    own = copy.copy(evaluation)
+    samples = evaluation.moments(_Teacher(denoiser, "auto"), SOLUTION, seed=2)
+    own.reference = FrechetReference(samples.gaussian())
+    return own
+
+
+def student_rows(out: Path, metric: str, own: Evaluation) -> list[str]:
     """The rows of all students that are finished, by method and number of updates."""
     lines = [
-        "| method | updates | seeds | 1 step | 2 steps | 4 steps | minutes |",
-        "|---|---|---|---|---|---|---|",
+        "| method | updates | seeds | 1 step | 2 steps | 4 steps | 1 step, to the teacher's solution | minutes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[int, int], list[Path]] = {}
     order = list(distill.METHODS)
@@ -60,20 +69,26 @@ def student_rows(out: Path, metric: str) -> list[str]:
         groups.setdefault((order.index(name), int(updates)), []).append(folder)
     for (place, updates), folders in sorted(groups.items()):
         students = [fs.load(f) for f in folders]
-        cells = []
+        cells: list[str] = []
         for k in (1, 2, 4):
             rows = [row for s in students for row in s.measured if row["steps"] == k]
             if not rows:
                 cells.append("")
                 continue
-            values = [r[metric] for r in rows]
-            error = math.sqrt(sum(r["standard error"] ** 2 for r in rows)) / len(rows)
-            cells.append(f"{statistics.fmean(values):.3f} ± {error:.3f}")
+            cells.append(_mean([r[metric] for r in rows], [r["standard error"] for r in rows]))
+        followed = [own.distance(s, 1) for s in students]
+        cells.append(_mean([e.value for e in followed], [e.se for e in followed]))
         minutes = statistics.fmean(float((f / "minutes.txt").read_text()) for f in folders)
         lines.append(
             f"| `{order[place]}` | {updates} | {len(folders)} | {' | '.join(cells)} | {minutes:.1f} |"
         )
     return lines
+
+
+def _mean(values: list[float], errors: list[float]) -> str:
+    """The mean over seeds and its standard error."""
+    error = math.sqrt(sum(e**2 for e in errors)) / len(errors)
+    return f"{statistics.fmean(values):.3f} ± {error:.3f}"
 
 
 def main() -> None:
@@ -116,6 +131,8 @@ def main() -> None:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             print(name, seed, student.measured, f"{minutes:.1f} min", f"peak {peak:.0f} MB", flush=True)
     if args.table:
+        denoiser = fs.zoo.load(args.teacher)
+        evaluation = Evaluation(entry.metric, args.samples, as_data(entry.data), torch.device("cpu"))
         text = [
             f"# Students of the network `{args.teacher}`",
             "",
@@ -125,9 +142,9 @@ def main() -> None:
             f"Written by `python benchmarks/distilled.py --teacher {args.teacher} --table`.",
             *(["", args.note] if args.note else []),
             "",
-            *student_rows(args.out, entry.metric),
+            *student_rows(args.out, entry.metric, to_the_solution(denoiser, evaluation)),
             "",
-            *teacher_table(args.teacher, args.samples),
+            *teacher_table(denoiser, evaluation),
         ]
         Path(f"benchmarks/results/distilled-{args.teacher}.md").write_text("\n".join(text) + "\n")
 

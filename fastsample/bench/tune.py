@@ -24,8 +24,8 @@ from fastsample.metrics import FeatureExtractor, GroupedMoments, estimate, parse
 from fastsample.metrics.frechet import RELIABLE_RATIO
 from fastsample.tuning import Moments
 from fastsample.tuning import tune as fit
+from fastsample.tuning.fit import default_trajectories
 
-TRAJECTORIES = 256
 _MATCHED_RATIO = 40  # trajectories a feature: the moments of fewer are mostly their own noise
 
 
@@ -59,7 +59,7 @@ def tune(config: TuneConfig) -> list[Path]:
             judge = _Judge("match", config, model, device)
             reference = judge.reference.gaussian
             match = Moments(judge.features, reference.mean, reference.cov, config.match_weight)
-            trajectories = trajectories or max(TRAJECTORIES, _MATCHED_RATIO * judge.dim)
+            trajectories = trajectories or max(default_trajectories(model.shape), _MATCHED_RATIO * judge.dim)
             heldout = judge.enough(heldout)
         if config.select is not None:
             judge = _Judge("select", config, model, device)

@@ -66,6 +66,10 @@ class Evaluation:
 
     def distance(self, student: Student, steps: int, seed: int = _SEED) -> FrechetEstimate:
         """The distance at a number of steps; the same noise and conditions for every student."""
+        return estimate(self.moments(student, steps, seed), self.reference)
+
+    def moments(self, student: Student, steps: int, seed: int = _SEED) -> GroupedMoments:
+        """Of the features of a student's samples."""
         assert self.extractor is not None
         moments = GroupedMoments(self.dim)
         index = torch.arange(self.samples)
@@ -77,7 +81,7 @@ class Evaluation:
             own = select(conditions, rows, self.samples)
             x = sampler(shape=(rows.stop - rows.start, *shape), seed=seed, index=index[rows], **own)
             moments.update(self.extractor(to_uint8(x)), range(rows.start, rows.stop))
-        return estimate(moments, self.reference)
+        return moments
 
     def pictures(self, student: Student, file: Path, count: int = 10) -> None:
         """A grid of samples: a row for each number of steps, the same noise in each column."""

@@ -155,7 +155,7 @@ def tune(
     if shape is None:
         raise ValueError("give sample_shape=, the shape of one sample; this denoiser does not know it")
     if trajectories is None:
-        trajectories = min(2048, max(256, 16384 // math.prod(shape)))
+        trajectories = default_trajectories(shape)
     if heldout is None:
         heldout = max(1, trajectories // 2) if isinstance(trajectories, int) else 1
     numbers = {
@@ -605,6 +605,11 @@ def _same_state(a: RowValues, b: RowValues) -> bool:
 def _agreed(stop: bool) -> bool:
     """Whether any process wants to stop."""
     return bool(summed(torch.tensor([float(stop)])).item())
+
+
+def default_trajectories(shape: Sequence[int]) -> int:
+    """As many as hold 16,384 numbers, at least 256 and at most 2,048."""
+    return min(2048, max(256, 16384 // math.prod(shape)))
 
 
 def _named(before: Errors, after: Errors, training: Errors) -> list[tuple[str, Errors]]:
