@@ -60,7 +60,7 @@ def summed(values: Tensor) -> Tensor:
     return total.to(values.device)
 
 
-def decided(value: bool) -> bool:
-    """What the first process says."""
+def decided(value: int) -> int:
+    """What the first process says, a truth value or a whole number."""
     rank, size = rank_and_size()
-    return value if size == 1 else bool(summed(torch.tensor([int(value and rank == 0)])).item())
+    return value if size == 1 else int(summed(torch.tensor([int(value) if rank == 0 else 0])).item())

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..process import Process
 from .batch import Batch
 from .consistency import ConsistencyModel
+from .draws import Draws
 from .method import squared
 from .prediction import column, predict, time_of_phi
 from .tangent import Tangent, check_width
@@ -48,6 +49,7 @@ class SCM(ConsistencyModel):
 
     def build(self) -> None:
         self._tangent = Tangent(self.jvp)
+        self._tangent.check(self.denoiser("student"))
         check_width(self.width)
         process = self.teacher.process
         low, high = (float(process.phi(t)) for t in (process.t_end, process.t_start))
@@ -64,6 +66,8 @@ class SCM(ConsistencyModel):
         process = self.teacher.process
         phi = torch.atan(torch.exp(self.p_mean + self.p_std * batch.gaussian("t", stratified=True)))
         phi = phi.clamp(*self.angles)
+        if process.levels is not None:
+            phi = process.phi(process.snap(time_of_phi(process, phi)))
         t, rate = angle_to_time(process, phi)
         cos, sin = torch.cos(phi), torch.sin(phi)
         radius = torch.sqrt(process.alpha(t) ** 2 + process.sigma(t) ** 2)
@@ -75,8 +79,9 @@ class SCM(ConsistencyModel):
                 direction = predict(self.teacher, x, t, batch.conditions, "v")
         else:
             direction = column(cos, x0) * eps - column(sin, x0) * x0
+        draws = Draws(x.device)
         out = self.predict("student", x, t, batch, "v")
-        tangent = self.tangent(x, z, direction, phi, t, rate, batch)
+        tangent = self.tangent(x, z, direction, phi, t, rate, batch, draws)
         r = self.warmed(batch.step)
         c, s = column(cos, z), column(sin, z)
         g = -(c**2) * (out.detach() - direction) - r * (c * s * z + tangent)
@@ -85,9 +90,17 @@ class SCM(ConsistencyModel):
         return squared(out - out.detach() - g)
 
     def tangent(
-        self, x: Tensor, z: Tensor, direction: Tensor, phi: Tensor, t: Tensor, rate: Tensor, batch: Batch
+        self,
+        x: Tensor,
+        z: Tensor,
+        direction: Tensor,
+        phi: Tensor,
+        t: Tensor,
+        rate: Tensor,
+        batch: Batch,
+        draws: Draws,
     ) -> Tensor:
-        """``cos sin dF/dphi`` of the student along the trajectory."""
+        """``cos sin dF/dphi`` of the student along the trajectory, all passes with the same draws."""
         process = self.teacher.process
         scaled = torch.cos(phi) * torch.sin(phi)
         with torch.enable_grad():
@@ -107,14 +120,17 @@ class SCM(ConsistencyModel):
             dx,
             scaled * rate,
             batch.conditions,
-            secant=lambda: column(scaled, z) * self.secant(z, direction, phi, batch),
+            secant=lambda: column(scaled, z) * self.secant(z, direction, phi, batch, draws),
+            draws=draws,
         )
 
     @torch.no_grad()
-    def secant(self, z: Tensor, direction: Tensor, phi: Tensor, batch: Batch) -> Tensor:
+    def secant(self, z: Tensor, direction: Tensor, phi: Tensor, batch: Batch, draws: Draws) -> Tensor:
         """``dF/dphi`` from the two angles ``phi +- width`` of the trajectory, as far as these are trained."""
         process = self.teacher.process
         angles = [(phi + turn).clamp(*self.angles) for turn in (self.width, -self.width)]
+        if process.levels is not None:
+            angles = [process.phi(process.snap(time_of_phi(process, angle))) for angle in angles]
         values = []
         for angle in angles:
             # z and dz/dphi turn into each other while the clean sample and the noise stay
@@ -122,8 +138,12 @@ class SCM(ConsistencyModel):
             t = time_of_phi(process, angle)
             radius = torch.sqrt(process.alpha(t) ** 2 + process.sigma(t) ** 2)
             x = column(radius, z) * (cos * z + sin * direction)
+            draws.again()
             values.append(self.predict("student", x, t, batch, "v"))
-        return (values[0] - values[1]) / column(angles[0] - angles[1], z)
+        span = (angles[0] - angles[1]).clamp(
+            min=torch.finfo(torch.float32).eps
+        )  # of few levels: one and the same
+        return (values[0] - values[1]) / column(span, z)
 
 
 def angle_to_time(process: Process, phi: Tensor) -> tuple[Tensor, Tensor]:

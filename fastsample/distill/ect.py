@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .consistency import ConsistencyModel
+from .draws import Draws
 from .method import pseudo_huber
 from .prediction import column, consistency_function, noised, time_of_rho
 
@@ -38,11 +39,12 @@ class _DataDriven(ConsistencyModel):
         process = self.teacher.process
         eps, clean = batch.normal("eps"), batch.data
         student = self.denoiser("student")
-        state = torch.get_rng_state()
+        t, r = process.snap(t), process.snap(r)
+        draws = Draws(eps.device)
         with torch.no_grad():
             x_r = torch.where(column(r == process.t_zero, clean) > 0, clean, noised(process, clean, eps, r))
             target = consistency_function(student, x_r, r, batch.conditions)
-        torch.set_rng_state(state)
+        draws.again()
         return consistency_function(student, noised(process, clean, eps, t), t, batch.conditions) - target
 
 

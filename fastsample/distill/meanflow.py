@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..errors import unknown
 from .batch import Batch
-from .prediction import column, time_of_fraction
+from .draws import Draws
+from .prediction import column, known_fraction, time_of_fraction
 from .shortcut import StepSized
 from .tangent import Tangent, check_width
 
@@ -47,15 +48,18 @@ class MeanFlow(StepSized):
             raise unknown("times", self.times, TIMES)
         self.adapt({})
         self._tangent = Tangent(self.jvp)
+        self._tangent.check(self.denoiser("student"))
         check_width(self.width)
         rho_min = float(self.teacher.process.rho(self.teacher.process.t_end))
         self.tau_min = rho_min / (1 + rho_min)
 
     def objective(self, batch: Batch, role: str) -> Tensor:
-        draws = [self.tau_max * self.time(batch, name) for name in ("t", "r")]
-        tau = torch.maximum(*draws).clamp(min=self.tau_min)
-        lower = torch.minimum(torch.minimum(*draws), tau)
+        both = [self.tau_max * self.time(batch, name) for name in ("t", "r")]
+        tau = torch.maximum(*both).clamp(min=self.tau_min)
+        lower = torch.minimum(torch.minimum(*both), tau)
         lower = torch.where(batch.uniform("different") < self.different, lower, tau)
+        tau = known_fraction(self.teacher.process, tau)[1]
+        lower = torch.minimum(lower, tau)
         t, rate = self.time_and_rate(tau)
         scale, grows = self.scale_and_rate(t)
         eps = batch.normal("eps")
@@ -65,6 +69,7 @@ class MeanFlow(StepSized):
         # along the flow: dz/dtau = v, so x = scale(t) z moves with both
         dx = column(scale, z) * v + column(grows * rate, z) * z
         size = tau - lower
+        draws = Draws(x.device)
         du = self._tangent(
             self.denoiser("student"),
             "flow",
@@ -75,8 +80,10 @@ class MeanFlow(StepSized):
             batch.conditions,
             size,
             torch.ones_like(size),
-            secant=lambda: self.secant(z, v, tau, size, batch),
+            secant=lambda: self.secant(z, v, tau, size, batch, draws),
+            draws=draws,
         )
+        draws.again()
         target = v - column(size, v) * du
         error = self.velocity("student", x, t, size, batch.conditions) - target
         square = error.flatten(1).square().sum(dim=1)
@@ -84,7 +91,7 @@ class MeanFlow(StepSized):
         return weight * square
 
     @torch.no_grad()
-    def secant(self, z: Tensor, v: Tensor, tau: Tensor, size: Tensor, batch: Batch) -> Tensor:
+    def secant(self, z: Tensor, v: Tensor, tau: Tensor, size: Tensor, batch: Batch, draws: Draws) -> Tensor:
         """``du/dt`` at fixed r from the two times ``tau +- width`` of the flow, as far as these lie in [r, 1].
 
         Where r = t it does not count and may be anything finite.
@@ -93,11 +100,15 @@ class MeanFlow(StepSized):
         ahead = (tau + self.width).clamp(max=self.tau_max) - tau
         behind = -torch.minimum(size, (tau - self.tau_min).clamp(max=self.width))
         values = []
+        shifts = []
         for shift in (ahead, behind):
-            t = time_of_fraction(process, tau + shift)
+            t, there = known_fraction(process, tau + shift)
+            shift = there - tau
             x = self.scale(t, z) * (z + column(shift, z) * v)
+            draws.again()
             values.append(self.velocity("student", x, t, size + shift, batch.conditions))
-        span = (ahead - behind).clamp(min=torch.finfo(torch.float32).eps)
+            shifts.append(shift)
+        span = (shifts[0] - shifts[1]).clamp(min=torch.finfo(torch.float32).eps)
         return (values[0] - values[1]) / column(span, z)
 
     def time(self, batch: Batch, name: str) -> Tensor:

@@ -14,6 +14,8 @@ from ..denoiser import Denoiser
 from ..prediction import coefficients
 from ..process import Process
 
+_NONE = 1e-9  # a fraction that is zero noise
+
 
 def column(values: Tensor, like: Tensor) -> Tensor:
     """One number a sample (B,), shaped and typed to multiply ``like`` (B, ...)."""
@@ -44,6 +46,14 @@ def time_of_phi(process: Process, phi: Tensor) -> Tensor:
 def time_of_fraction(process: Process, tau: Tensor) -> Tensor:
     """Times at fractions ``sigma / (alpha + sigma)`` (B,): a straight flow's time, on any process."""
     return time_of_rho(process, tau / (1 - tau))
+
+
+def known_fraction(process: Process, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """The times nearest to fractions (B,) that the network knows (zero noise at 0), and their fractions."""
+    t = process.snap(time_of_fraction(process, tau))
+    t = torch.where(tau <= _NONE, process.t_zero, t)
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    return t, torch.where(tau <= _NONE, 0.0, sigma / (alpha + sigma))
 
 
 def predict(

@@ -89,7 +89,7 @@ class ReFlow(OnPairs):
         if distils:
             return squared(from_noise(self, "student", noise, conditions) - x0)
         process = self.teacher.process
-        t = time_of_fraction(process, batch.uniform("t", stratified=True))
+        t = process.snap(time_of_fraction(process, batch.uniform("t", stratified=True)))
         x = noised(process, x0, noise, t)
         velocity = predict(self.denoiser("student"), x, t, conditions, "flow")
         return squared(velocity - (noise - x0))

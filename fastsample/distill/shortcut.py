@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from .batch import Batch
 from .method import Method, follow, squared
-from .prediction import column, noised, predict, time_of_fraction
+from .prediction import column, known_fraction, noised, predict
 from .teacher import teacher_step
 
 
@@ -103,7 +103,7 @@ class Shortcut(StepSized):
         k = (batch.uniform("k") * count).long() + 1
         tau = torch.where(share, self.tau_max * k / count, self.tau_max * batch.uniform("tau"))
         size = torch.where(share, self.tau_max / count, 0.0)
-        t = time_of_fraction(self.teacher.process, tau)
+        (t, here), (_, there) = (known_fraction(self.teacher.process, v) for v in (tau, tau - size))
         eps = batch.normal("eps")
         x = noised(self.teacher.process, batch.data, eps, t)
         target = torch.empty_like(x)
@@ -118,10 +118,10 @@ class Shortcut(StepSized):
                     conditions=taken(batch.conditions, at, len(batch)),
                 )
                 target[at] = function(chosen, x[at], tau[rows], size[rows], eps[at])
-        return squared(self.velocity("student", x, t, size, batch.conditions) - target)
+        return squared(self.velocity("student", x, t, here - there, batch.conditions) - target)
 
     def _plain(self, batch: Batch, x: Tensor, tau: Tensor, size: Tensor, eps: Tensor) -> Tensor:
-        return self.instantaneous(batch, x, time_of_fraction(self.teacher.process, tau), eps)
+        return self.instantaneous(batch, x, known_fraction(self.teacher.process, tau)[0], eps)
 
     @torch.no_grad()
     def _twice(self, batch: Batch, x: Tensor, tau: Tensor, size: Tensor, eps: Tensor) -> Tensor:
@@ -139,24 +139,27 @@ class Shortcut(StepSized):
 
     def taught(self, x: Tensor, tau: Tensor, half: Tensor, conditions: Any) -> Tensor:
         """The average velocity of two Heun steps of the teacher's."""
-        times = [time_of_fraction(self.teacher.process, tau - k * half) for k in (0, 1, 2)]
+        ends = [known_fraction(self.teacher.process, tau - k * half) for k in (0, 1, 2)]
         end = x
-        for a, b in itertools.pairwise(times):
+        for (a, _), (b, _) in itertools.pairwise(ends):
             end = teacher_step(self.teacher, end, a, b, conditions)
-        return (x / self.scale(times[0], x) - end / self.scale(times[2], x)) / column(2 * half, x)
+        (first, before), (last, after) = ends[0], ends[2]
+        return (x / self.scale(first, x) - end / self.scale(last, x)) / column(before - after, x)
 
     def two_steps(self, role: str, x: Tensor, tau: Tensor, half: Tensor, conditions: Any) -> Tensor:
         """The average velocity of two steps (eq. 4); without a teacher the smallest ones are told as 0."""
         untaught = (half * self.finest < 1.5 * self.tau_max) & (not self.from_teacher)
-        told = torch.where(untaught, 0.0, half)
-        t, middle = (
-            time_of_fraction(self.teacher.process, tau),
-            time_of_fraction(self.teacher.process, tau - half),
+        (t, before), (middle, between), (_, after) = (
+            known_fraction(self.teacher.process, tau - k * half) for k in (0, 1, 2)
         )
-        first = self.velocity(role, x, t, told, conditions)
-        z = x / self.scale(t, x) - column(half, x) * first
-        second = self.velocity(role, z * self.scale(middle, x), middle, told, conditions)
-        return (first + second) / 2
+        steps = before - between, between - after
+        told = [torch.where(untaught, 0.0, step) for step in steps]
+        first = self.velocity(role, x, t, told[0], conditions)
+        z = x / self.scale(t, x) - column(steps[0], x) * first
+        second = self.velocity(role, z * self.scale(middle, x), middle, told[1], conditions)
+        return (
+            column(steps[0] / (before - after), x) * first + column(steps[1] / (before - after), x) * second
+        )
 
     def after_update(self, step: int) -> None:
         follow(self.nets["target"], self.nets["student"], self.target_decay)

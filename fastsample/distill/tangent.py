@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..denoiser import Denoiser
+from ..distributed import decided
 from ..errors import unknown
 from ..prediction import coefficients
+from .draws import Draws
 from .prediction import column
 
 log = logging.getLogger(__name__)
@@ -20,6 +22,10 @@ _DIFFERENCE = 1e-3
 _DISAGREES = 0.2
 _ROUGH = 0.5
 MODES = ("auto", "forward", "difference", "secant")
+_WHOLE_TIMES = (
+    "the network knows whole times only, so its output has no derivative in time; use jvp='secant' (or 'auto'), or "
+    "a method without derivatives (consistency, ect, shortcut)"
+)
 
 
 def check_width(width: float) -> None:
@@ -52,6 +58,15 @@ class Tangent:
             raise unknown("jvp", mode, MODES)
         self.mode = mode
 
+    def check(self, denoiser: Denoiser) -> None:
+        """
+        Raises:
+            ValueError: the network has no derivative in time, which the mode needs.
+        """
+        exact = self.mode in ("forward", "difference")
+        if exact and not denoiser.time_dtype(torch.float32).is_floating_point:
+            raise ValueError(f"jvp={self.mode!r}: {_WHOLE_TIMES}")
+
     @torch.no_grad()
     def __call__(
         self,
@@ -66,6 +81,7 @@ class Tangent:
         dstep: Tensor | None = None,
         *,
         secant: Callable[[], Tensor] | None = None,
+        draws: Draws | None = None,
     ) -> Tensor:
         """
         Args:
@@ -76,7 +92,9 @@ class Tangent:
             conditions: of the network.
             step, dstep: a step size also told to the network and its derivative (B,).
             secant: dF from two points of the curve that are well apart, where the caller can give it.
+            draws: what each pass draws (dropout: differences of two masks are no derivative); by default the next.
         """
+        draws = Draws(x.device) if draws is None else draws
         if self.mode == "secant":
             if secant is None:
                 raise ValueError("jvp='secant' needs a curve, and this derivative has none")
@@ -98,22 +116,24 @@ class Tangent:
         (p, q, told), (dp, dq, dtold) = [v.detach() for v in values], rates
         dtype = denoiser.time_dtype(x.dtype)
         if not dtype.is_floating_point:
-            raise ValueError(
-                "the network knows whole times only, so its output has no derivative in time; use a method "
-                "without one (consistency, ect, shortcut)"
-            )
+            if self.mode == "auto" and secant is not None:
+                log.warning("the network knows whole times only; derivatives are secants")
+                self.mode = "secant"
+                return secant()
+            raise ValueError(_WHOLE_TIMES)
         told, dtold = told.to(x.device, dtype), dtold.to(x.device, dtype)
         steps: list[Tensor] = [] if step is None else [step.to(x.device, x.dtype)]
         dsteps: list[Tensor] = [] if dstep is None else [dstep.to(x.device, x.dtype)]
         bound = denoiser.bind(len(x), conditions, x.device)
 
         def network(x: Tensor, told: Tensor, *step: Tensor) -> Tensor:
+            draws.again()
             return bound(x, told, 1.0, *step).to(x.dtype)
 
         primals, tangents = (x, told, *steps), (dx, dtold, *dsteps)
         examined = self.mode == "auto"
         if examined:
-            self.mode = self._examine(network, primals, tangents)
+            self.mode = MODES[decided(MODES.index(self._examine(network, primals, tangents)))]
         if self.mode == "forward":
             with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
                 out, dout, *_ = torch.func.jvp(network, primals, tangents)
@@ -122,7 +142,7 @@ class Tangent:
         derivative = column(dp, x) * x + column(p, x) * dx + column(dq, x) * out + column(q, x) * dout
         if examined and secant is not None:
             smooth = secant()
-            if bool((derivative - smooth).norm() > _ROUGH * smooth.norm()):
+            if decided(bool((derivative - smooth).norm() > _ROUGH * smooth.norm())):
                 log.warning(
                     "the network is rough in time: along the trajectory its derivative is %.1f times the secant's; "
                     "derivatives are secants (an embedding of slow frequencies would allow jvp='forward')",

@@ -26,19 +26,25 @@ def teacher_step(
 ) -> Tensor:
     """One step of the teacher's ODE from times ``s`` to ``t`` (B,).
 
-    Heun's rule on the clean sample (the predictor is DDIM; the corrector takes the mean of both ends'
-    predictions): second order, as Heun in sigma, and finite at alpha = 0. A step to zero noise stays of first
-    order, as in EDM (Karras et al. 2022, algorithm 1).
+    Heun's rule in the time of a straight flow, ``tau = sigma / (alpha + sigma)``, of whose state ``x / (alpha +
+    sigma)`` any process's is a scaled copy: its Euler step is DDIM's, it is Heun's in sigma where there is little
+    noise, and finite at alpha = 0. A step to zero noise stays of first order, as in EDM (Karras et al. 2022,
+    algorithm 1).
     """
     process = teacher.process
     s, t = process.snap(s), process.snap(t)
-    x0 = predict(teacher, x, s, conditions)
-    there = ddim_step(process, x, x0, s, t)
-    if order == 1:
-        return there
+    (alpha_s, sigma_s, _), (alpha_t, sigma_t, _) = process._look_up(s), process._look_up(t)
+    before, after = alpha_s + sigma_s, alpha_t + sigma_t
+    step = sigma_t / after - sigma_s / before
+
+    def moved(velocity: Tensor) -> Tensor:
+        return column(after / before, x) * x + column(after * step, x) * velocity
+
+    velocity = predict(teacher, x, s, conditions, "flow")
+    there = moved(velocity)
     clean = t == process.t_zero
-    if bool(clean.all()):
+    if order == 1 or bool(clean.all()):
         return there
-    after = predict(teacher, there, torch.where(clean, process.t_end, t), conditions)
-    corrected = ddim_step(process, x, (x0 + after) / 2, s, t)
+    end = predict(teacher, there, torch.where(clean, process.t_end, t), conditions, "flow")
+    corrected = moved((velocity + end) / 2)
     return torch.where(column(clean, x) > 0, there, corrected) if bool(clean.any()) else corrected

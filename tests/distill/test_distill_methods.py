@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ import fastsample as fs
 from fastsample import distill
 from fastsample.distill.batch import Batch
 from fastsample.distill.dmd2 import matching_gradient
+from fastsample.distill.pairs import Pairs
 from fastsample.distill.prediction import consistency_function, noised, predict, time_of_fraction
 from fastsample.distill.tangent import Tangent
 from fastsample.distill.teacher import ddim_step, teacher_step
@@ -693,9 +695,68 @@ def test_settings_are_refused_early() -> None:
         distill.Consistency(mixture_teacher())
     with pytest.raises(ValueError, match="wrap the student's network with the teacher's process"):
         distill.Consistency(teacher, fs.wrap(Linear(), fs.Flow(), "v"))
-    method = distill.SCM(fs.wrap(Linear(), VP, "v", quantize=True, sample_shape=SHAPE), warmup=0)
-    with pytest.raises(ValueError, match="whole times only"):
-        method.loss(Batch.of(torch.zeros(2, *SHAPE, dtype=torch.float64)))
+    with pytest.raises(ValueError, match=r"jvp='forward': .*whole times only.*use jvp='secant'"):
+        distill.SCM(fs.wrap(Linear(), VP, "v", quantize=True, sample_shape=SHAPE), jvp="forward")
+
+
+@pytest.mark.parametrize("kind", [distill.SCM, distill.MeanFlow])
+def test_networks_that_know_whole_times_take_secants(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(1000, 1)
+
+        def forward(self, x: Tensor, t: Tensor, step: Tensor | None = None) -> Tensor:
+            return x * self.table(t)[:, :, None, None]
+
+    method = kind(
+        fs.wrap(Table(), VP, "v", quantize=True, sample_shape=SHAPE),
+        **({"warmup": 0} if kind is distill.SCM else {}),
+    )
+    loss = method.loss(Batch.of(torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0))))
+    assert method._tangent.mode == "secant"
+    assert "whole times only; derivatives are secants" in caplog.text
+    assert bool(torch.isfinite(loss).all())
+
+
+@pytest.mark.parametrize("levels", [1000, 50, 20])
+@pytest.mark.parametrize("name", ["shortcut", "meanflow", "reflow", "scm", "ect"])
+def test_states_are_noised_to_times_that_the_network_knows(name: str, levels: int) -> None:
+    """Else the network is told another noise level than its input has: seen by comparing the two in every call."""
+    process = fs.VP.linear()
+    every = 1000 // levels
+
+    class Told(nn.Module):
+        """Says what its input's noise level is, for clean samples of zero."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor(1.0))
+            self.off: list[float] = []
+
+        def forward(self, x: Tensor, t: Tensor, step: Tensor | None = None) -> Tensor:
+            sigma = x.detach().flatten(1).square().mean(1).sqrt().double()
+            expected = process.sigma(t.double())
+            # clean states are asked at the least noise, and the answer is dropped
+            off = torch.where(sigma > 1e-3, sigma / expected - 1, 0.0)
+            self.off.append(float(off.abs().max()))
+            return self.theta * x / expected.to(x).reshape(-1, 1, 1, 1)  # the noise, exactly
+
+    known = torch.arange(0, 1000, every, dtype=torch.float64) + every - 1
+    teacher = fs.wrap(Told(), process, "eps", quantize=known, sample_shape=(1, 64, 64))
+    kind = getattr(distill, distill.METHODS[name][1])
+    options: dict[str, Any] = {"prediction": "eps", "convert": 0, "total": 10}
+    options |= {"jvp": "secant"} if name in ("scm", "meanflow") else {}
+    method = kind(teacher, **options)
+    x = torch.zeros(16, 1, 64, 64)
+    batch = Batch.of(x)
+    if name == "reflow":
+        method.made = Pairs(x, {}, 0)
+    with torch.no_grad():
+        method.loss(batch)
+    off = [v for net in (*method.nets.values(), teacher.net) for v in net.off]  # type: ignore[union-attr]
+    assert off
+    assert max(off) < 0.06  # that of 4,096 pixels' own scatter, five standard deviations
 
 
 @pytest.mark.parametrize("name", sorted(distill.METHODS))
@@ -757,3 +818,48 @@ def test_any_process_and_prediction(name: str, process: fs.Process, tmp_path: An
             assert grads
             assert all(bool(torch.isfinite(g).all()) for g in grads)
     assert fs.Sampler(method.denoiser(), plan=method.plan(method.steps[0]))(n=2, seed=0).shape == (2, 2, 8, 8)
+
+
+class _Dropped(nn.Module):
+    """A smooth network with dropout."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.theta, self.dropout = nn.Parameter(torch.tensor(0.7)), nn.Dropout(p)
+
+    def forward(self, x: Tensor, t: Tensor, step: Tensor | None = None) -> Tensor:
+        told = t.to(x).reshape(-1, 1, 1, 1) + (0.0 if step is None else step.to(x).reshape(-1, 1, 1, 1))
+        return self.dropout(torch.tanh(self.theta * x * torch.cos(told)))
+
+
+@pytest.mark.parametrize("kind", [distill.SCM, distill.MeanFlow])
+def test_dropout_draws_one_mask_for_all_passes_of_a_tangent(kind: Any) -> None:
+    """A difference of two masks is no derivative: all ways to take it agree as they do without dropout."""
+    x = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0))
+    losses = {}
+    for jvp in ("forward", "difference", "secant"):
+        teacher = fs.wrap(_Dropped(0.3), fs.Flow(), "flow", sample_shape=SHAPE)
+        settings = {"convert": 0, "warmup": 0} if kind is distill.SCM else {"different": 1.0}
+        method = kind(teacher, jvp=jvp, width=0.005, **settings)
+        torch.manual_seed(3)
+        losses[jvp] = method.loss(Batch.of(x)).detach()
+    torch.testing.assert_close(losses["difference"], losses["forward"], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(losses["secant"], losses["forward"], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("process", [VP, fs.EDM(), fs.Flow()], ids=lambda p: f"{p!r:.10}")
+def test_the_teachers_steps_are_of_second_order_down_to_little_noise(process: fs.Process) -> None:
+    """Where the clean sample is nearly known and the velocity is what an error is of."""
+    teacher = gaussian(process)
+    x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ends = []
+    for n in (2, 4, 8, 256):
+        t = process.t_of_rho(torch.linspace(0.8, 0.02, n + 1, dtype=torch.float64))
+        state = x * float(torch.sqrt(process.alpha(t[0]) ** 2 + process.sigma(t[0]) ** 2))
+        for a, b in itertools.pairwise(t):
+            state = teacher_step(teacher, state, a.expand(4), b.expand(4), {})
+        ends.append(state)
+    errors = [float((e - ends[-1]).norm() / ends[-1].norm()) for e in ends[:-1]]
+    assert errors[0] < 0.05
+    assert errors[1] < errors[0] / 3
+    assert errors[2] < errors[1] / 3
