@@ -138,7 +138,9 @@ class Trainer:
                 raise ValueError(
                     f"data is missing: {type(method).__name__} is trained on data; give a name, tensors or a dataset"
                 )
-            return Data(torch.zeros(1, *method.sample_shape), name="none")
+            data = Data(torch.zeros(1, *method.sample_shape), name="none")
+            self._check_conditions(data)
+            return data
         data = as_data(self.data)
         if shape is not None and data.shape != shape:
             raise ValueError(
@@ -147,7 +149,7 @@ class Trainer:
         if shape is None:
             method.teacher = method.teacher.replace(sample_shape=data.shape)
             method._meaning = method._meaning.replace(sample_shape=data.shape)
-        probe = torch.stack([data._at(i)[0] for i in range(min(64, len(data)))])
+        probe, _ = data.rows(range(min(64, len(data))), torch.device("cpu"))
         if not bool(torch.isfinite(probe).all()):
             raise ValueError("data: there are samples that are not finite")
         largest = float(probe.abs().max())
@@ -156,25 +158,48 @@ class Trainer:
                 f"data: values reach {largest:g}; diffusion models are trained on [-1, 1]: x / 127.5 - 1 for bytes"
             )
         self._check_conditions(data)
+        if float(probe.min()) >= 0:
+            data.check_range(method.teacher)
         return data
 
     def _check_conditions(self, data: Data) -> None:
         """Run the teacher once on data: a wrong condition is found before training, not after."""
-        teacher = self.method.teacher
-        x, conditions = data.take(torch.arange(2), teacher.device, 0)
-        t = torch.full((2,), teacher.process.t_start, dtype=torch.float64)
         from .prediction import predict
 
+        teacher = self.method.teacher
+        extremes = data.extremes
+        ends = {k: data.rows(pair, torch.device("cpu"))[1][k].tolist() for k, pair in extremes.items()}
+        given = [f"{k} from {ends[k][0]} to {ends[k][1]}" if k in ends else k for k in data.names]
+        which = [0, min(1, len(data) - 1), *(i for pair in extremes.values() for i in pair)]
+        x, conditions = data.rows(which, teacher.device)
+        x = x.to(torch.float64 if teacher.dtype == torch.float64 else torch.float32)
+        t = torch.full((len(x),), teacher.process.t_start, dtype=torch.float64)
+        space = "eps" if teacher.prediction in ("eps", "score") else "v"
         try:
             with torch.no_grad():
-                predict(
-                    teacher, x, t, conditions, "v" if teacher.prediction not in ("eps", "score") else "eps"
-                )
-        except (TypeError, IndexError, RuntimeError, ValueError) as error:
-            names = ", ".join(data.names) or "none"
+                predict(teacher, x, t, conditions, space).cpu()  # which waits for a device's own errors
+        except (
+            TypeError,
+            LookupError,
+            RuntimeError,
+            ValueError,
+            AttributeError,  # of a network that looks into a condition that is None
+            AssertionError,
+        ) as error:
+            reason = str(error) or type(error).__name__
+            if self.data is None:
+                raise ValueError(
+                    f"data=None: the teacher cannot be run without conditions: {reason}; give data=, whose conditions "
+                    "are used"
+                ) from error
+            if not given:
+                remedy = "conditions belong with the samples: {'x': samples, 'labels': labels}"
+            elif isinstance(error, (IndexError, RuntimeError)):
+                remedy = "give conditions of the values, shapes and types that the network takes"
+            else:
+                remedy = "name them as the network does: {'x': samples, 'labels': labels}"
             raise ValueError(
-                f"data: the teacher cannot be run on it (conditions: {names}): {error}; name them as the network "
-                "does: {'x': samples, 'labels': labels}"
+                f"data: the teacher cannot be run on it (conditions: {', '.join(given) or 'none'}): {reason}; {remedy}"
             ) from error
 
     # -- training --------------------------------------------------------------------------------------------
