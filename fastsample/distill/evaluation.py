@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from .student import Student
 from .weights import own_state
 
 _SEED = 0x5EED  # of the evaluation's noise and conditions: others than those of the training
+_DECODED = 16  # latents at once: a decoder takes far more memory a sample than the network
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Evaluation:
         data: what is compared with, and where the conditions come from.
         device: of the extractor.
         batch_size: samples at once.
+        decode: for latent models, ``decode(samples) -> images`` in [-1, 1]; images are compared and shown.
 
     Raises:
         ValueError: an unknown metric, or too few samples for it.
@@ -39,18 +43,24 @@ class Evaluation:
     data: Data
     device: torch.device
     batch_size: int = 500
+    decode: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.extractor: FeatureExtractor | None = None
         if self.metric is None:
             return
-        if len(self.data.shape) != 3 or self.data.shape[0] not in (1, 3):
+        if not _is_image(self.image_shape):
+            what, remedy = (
+                ("samples", "fs.wrap(..., decode=function) says how samples become images, ")
+                if self.decode is None
+                else ("decoded samples", "")
+            )
             raise ValueError(
-                f"metric={self.metric!r} is for images with 1 or 3 channels, not for samples of {self.data.shape}; "
-                "metric=None trains without one"
+                f"metric={self.metric!r} is for images with 1 or 3 channels, not for {what} of {self.image_shape}; "
+                f"{remedy}metric=None trains without one"
             )
         self.extractor = FeatureExtractor(parse_metric(self.metric).extractor, device=self.device)
-        self.dim = self.extractor.dim(self.data.shape)
+        self.dim = self.extractor.dim(self.image_shape)
         if self.samples < minimum_samples(self.dim):
             raise ValueError(
                 f"samples={self.samples}: {self.metric} has {self.dim} features and needs at least "
@@ -60,9 +70,25 @@ class Evaluation:
         total = len(self.data)
         for first in range(0, total, self.batch_size):
             index = range(first, min(total, first + self.batch_size))
-            x = torch.stack([self.data._at(i)[0] for i in index])
-            moments.update(self.extractor(to_uint8(x)), index)
+            x, _ = self.data.rows(index, self.device)
+            moments.update(self.extractor(self._bytes(x)), index)
         self.reference = FrechetReference(moments.gaussian())
+
+    @functools.cached_property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of one image: of a decoded sample for latent models."""
+        if self.decode is None:
+            return self.data.shape
+        return tuple(self._images(self.data.rows([0], self.device)[0]).shape[1:])
+
+    @torch.no_grad()
+    def _images(self, x: Tensor) -> Tensor:
+        return x if self.decode is None else self.decode(x.float())
+
+    def _bytes(self, x: Tensor) -> Tensor:
+        if self.decode is None:
+            return to_uint8(x)
+        return torch.cat([to_uint8(self._images(part)) for part in x.split(_DECODED)])
 
     def distance(self, student: Student, steps: int, seed: int = _SEED) -> FrechetEstimate:
         """The distance at a number of steps; the same noise and conditions for every student."""
@@ -80,24 +106,28 @@ class Evaluation:
             rows = slice(first, min(self.samples, first + self.batch_size))
             own = select(conditions, rows, self.samples)
             x = sampler(shape=(rows.stop - rows.start, *shape), seed=seed, index=index[rows], **own)
-            moments.update(self.extractor(to_uint8(x)), range(rows.start, rows.stop))
+            moments.update(self.extractor(self._bytes(x)), range(rows.start, rows.stop))
         return moments
 
     def pictures(self, student: Student, file: Path, count: int = 10) -> None:
         """A grid of samples: a row for each number of steps, the same noise in each column."""
-        shape = self.data.shape
-        if len(shape) != 3 or shape[0] not in (1, 3):
+        if not _is_image(self.image_shape):
             return
         from torchvision.utils import make_grid, save_image
 
         conditions: dict[str, Any] = self.data.conditions(torch.arange(count), self.device, _SEED)
         rows = [
-            student.sampler(k)(shape=(count, *shape), seed=_SEED, **conditions).cpu() for k in student.steps
+            self._images(student.sampler(k)(shape=(count, *self.data.shape), seed=_SEED, **conditions)).cpu()
+            for k in student.steps
         ]
         file.parent.mkdir(parents=True, exist_ok=True)
-        scale = max(1, 64 // shape[-1])
+        scale = max(1, 64 // self.image_shape[-1])
         images = torch.cat(rows).clamp(-1, 1).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
         save_image(make_grid(images / 2 + 0.5, nrow=count, padding=2), file)
+
+
+def _is_image(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and shape[0] in (1, 3)
 
 
 class Best:

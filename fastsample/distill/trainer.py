@@ -317,7 +317,9 @@ class _Run:
         if self.sharded:
             self._shard_others()
         self.best = Best(folder / "best.safetensors")
-        self.evaluation = Evaluation(trainer.metric, trainer.samples, trainer._data, self.device)
+        self.evaluation = Evaluation(
+            trainer.metric, trainer.samples, trainer._data, self.device, decode=method.teacher.decode
+        )
         self.step = 0
         self._restore()
 
@@ -662,7 +664,13 @@ class _Run:
             except ValueError as error:
                 log.warning("%s; it is written again", error)
         if self.evaluation.metric is not None:
-            final = Evaluation(trainer.metric, trainer.final_samples, trainer._data, self.device)
+            final = Evaluation(
+                trainer.metric,
+                trainer.final_samples,
+                trainer._data,
+                self.device,
+                decode=self.method.teacher.decode,
+            )
             for k in student.steps:
                 found = final.distance(student, k, seed=1)
                 student.measured.append(

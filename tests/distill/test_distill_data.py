@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers_distill import SHAPE, tiny_teacher
+from helpers_distill import SHAPE, log_of, tiny_teacher
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 import fastsample as fs
 from fastsample import distill
 from fastsample.distill.data import as_data
+from fastsample.distill.evaluation import Evaluation
 from fastsample.zoo.data import digits
 
 CPU = torch.device("cpu")
@@ -265,3 +267,73 @@ class _Shifted(nn.Module):
         process = self.inner.process
         time = float(process.t_of_rho(rho))
         return self.inner(float(process.alpha(time)) * (2 * x - 1), time, labels=labels) / 2 + 0.5
+
+
+# -- latents -------------------------------------------------------------------------------------------------
+
+
+def to_images(z: Tensor) -> Tensor:
+    """Images (B, 1, 8, 8) of latents (B, 4, 4, 4)."""
+    assert not torch.is_grad_enabled()
+    return nn.functional.pixel_shuffle(z, 2)
+
+
+def to_latents(x: Tensor) -> Tensor:
+    return nn.functional.pixel_unshuffle(x, 2)
+
+
+class _Latent(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, z: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        return to_latents(self.net(nn.functional.pixel_shuffle(z, 2), t, labels))
+
+
+def test_latent_students_are_measured_by_their_images(tmp_path: Path) -> None:
+    """Latents are the pixels in another order: distances and grids are those of the pixels themselves."""
+    x, labels = digits("train")
+    latents = (to_latents(x), labels)
+    plain = tiny_teacher()
+    process = fs.VP.linear()
+    teacher = fs.wrap(_Latent(plain.net), process, "eps", sample_shape=(4, 4, 4), decode=to_images)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"samples of \(4, 4, 4\); fs.wrap\(..., decode=function\)"):
+        Evaluation("fd-digits", 40, as_data(latents), CPU)
+    with pytest.raises(ValueError, match=r"decoded samples of \(2, 8, 8\); metric=None"):
+        Evaluation(
+            "fd-digits", 40, as_data(latents), CPU, decode=lambda z: to_images(z).expand(-1, 2, -1, -1)
+        )
+    of_latents = Evaluation("fd-digits", 40, as_data(latents), CPU, decode=to_images)
+    of_pixels = Evaluation("fd-digits", 40, as_data((x, labels)), CPU)
+    torch.testing.assert_close(of_latents.reference.gaussian.mean, of_pixels.reference.gaussian.mean)
+
+    method = distill.Shortcut(teacher)
+    trainer = distill.Trainer(
+        method,
+        latents,
+        steps=2,
+        batch_size=8,
+        metric="fd-digits",
+        samples=40,
+        final_samples=40,
+        device="cpu",
+    )
+    student = trainer.fit(tmp_path)
+    assert [row["steps"] for row in student.measured] == list(student.steps)
+    assert any("fd-digits.ema0.99.1" in line for line in log_of(tmp_path))
+
+    conditions: dict[str, Any] = trainer._data.conditions(torch.arange(40), CPU, 1)
+    drawn = student.sampler(1)(shape=(40, 4, 4, 4), seed=1, **conditions)
+    again = distill.Data(to_images_anyhow(drawn))
+    other = Evaluation("fd-digits", 40, again, CPU).reference.gaussian.mean
+    torch.testing.assert_close(of_latents.moments(student, 1, seed=1).gaussian().mean, other)
+
+    from torchvision.io import read_image
+
+    assert read_image(str(tmp_path / "samples" / "00000002.png")).shape == (3, 3 * 66 + 2, 10 * 66 + 2)
+
+
+def to_images_anyhow(z: Tensor) -> Tensor:
+    with torch.no_grad():
+        return to_images(z)
