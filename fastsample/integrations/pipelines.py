@@ -226,7 +226,8 @@ def _patch(handle: Accelerated, network: nn.Module) -> None:
     import fastsample_kernels
 
     handle.kernels = fastsample_kernels.patch(network)
-    handle._undo.append(lambda: fastsample_kernels.unpatch(network))
+    # No lambda: copies and pickles of a network take their handle along, with this network become theirs.
+    handle._undo.append(functools.partial(fastsample_kernels.unpatch, network))
 
 
 def _decode(vae: Any, latents: Tensor) -> Tensor:

@@ -59,15 +59,21 @@ def fused(
     definition.body = rewriter.block(definition.body)
     if not rewriter.pairs:
         return None
-    outer = ast.parse(f"def make({_HELPER}):\n    return None").body[0]
-    assert isinstance(outer, ast.FunctionDef)
-    outer.body = [definition, ast.Return(ast.Name(definition.name, ast.Load()))]
+    # Within a class of the name of the function's own, which private names (self.__name) are made with. That of a
+    # class at the top does not hide the own one from the function.
+    owner = function.__qualname__.rpartition(".")[0].rpartition(".")[2]
+    owner = owner if owner.isidentifier() else "_"
+    outer = ast.parse(f"class {owner}:\n    def make({_HELPER}):\n        return None").body[0]
+    assert isinstance(outer, ast.ClassDef)
+    make = outer.body[0]
+    assert isinstance(make, ast.FunctionDef)
+    make.body = [definition, ast.Return(ast.Name(definition.name, ast.Load()))]
     module = ast.Module([outer], [])
     ast.fix_missing_locations(module)
     ast.increment_lineno(module, function.__code__.co_firstlineno - 1)
     names: dict[str, Any] = {}
     exec(compile(module, function.__code__.co_filename, "exec"), function.__globals__, names)
-    made = names["make"](helper)
+    made = names[owner].make(helper)
     inner = inspect.unwrap(made)
     inner.__defaults__, inner.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     inner.__qualname__ = made.__qualname__ = function.__qualname__
@@ -217,6 +223,6 @@ def _modulation(statement: ast.stmt) -> tuple[str, ast.expr, ast.expr] | None:
             ),
             op=ast.Add(),
             right=ast.Name() as shift,
-        ) if name == found[0]:
+        ) if name == found[0] and name not in (scale.id, shift.id):  # they would be read before the norm
             return name, scale, shift
     return None

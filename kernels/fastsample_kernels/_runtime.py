@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton reads the variable when a kernel is defined, so a later change would not reach it either.
@@ -84,6 +85,56 @@ def triton_dtype(dtype: torch.dtype) -> Any:
         torch.float32: tl.float32,
         torch.float64: tl.float64,
     }[dtype]
+
+
+# What torch.compiler.assume_constant_result does; that would import torch._dynamo, and with it Triton.
+_CONSTANT = "_dynamo_marked_constant"
+_rms_norm_eps: dict[tuple[torch.dtype, str], float] = {}
+
+
+def rms_norm_eps(dtype: torch.dtype, device_type: str) -> float:
+    """What PyTorch's RMSNorm adds to the mean square where it is given no eps: that of the tensor's type in some
+    versions, of the type of the arithmetic in others, so it is measured.
+    """
+    if (dtype, device_type) not in _rms_norm_eps:
+        device = device_type if device_type == "cpu" or torch.cuda.is_available() else "cpu"
+        with torch.no_grad(), _disable_current_modes():  # compiling and exporting come here, too
+            x = torch.full((1, 1), 2.0**-9, dtype=dtype, device=device)
+            y = torch.nn.functional.rms_norm(x, (1,)).double().item()  # x / sqrt(x^2 + eps)
+        measured = (2.0**-9 / y) ** 2 - 2.0**-18
+        candidates = (torch.finfo(dtype).eps, torch.finfo(accumulator(dtype)).eps)
+        _rms_norm_eps[dtype, device_type] = min(candidates, key=lambda eps: abs(measured - eps))
+    return _rms_norm_eps[dtype, device_type]
+
+
+rms_norm_eps.__dict__[_CONSTANT] = True
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch may round float32 products to TF32."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        return matmul.fp32_precision == "tf32"  # where it exists, allow_tf32 may raise
+    except AttributeError:  # before PyTorch 2.9
+        return matmul.allow_tf32
+
+
+tf32_allowed.__dict__[_CONSTANT] = True
+
+
+def hooked(module: torch.nn.Module) -> bool:
+    """Whether calling the module runs hooks, its own or those of all modules."""
+    every = torch.nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
+    )
 
 
 def empty(

@@ -230,19 +230,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def _tf32_allowed() -> bool:
-    """Whether PyTorch may round float32 products to TF32."""
-    matmul = torch.backends.cuda.matmul
-    try:
-        return matmul.fp32_precision == "tf32"  # where it exists, allow_tf32 may raise
-    except AttributeError:  # before PyTorch 2.9
-        return matmul.allow_tf32
-
-
-# What torch.compiler.assume_constant_result does; that would import torch._dynamo, and with it Triton.
-_tf32_allowed.__dict__["_dynamo_marked_constant"] = True
-
-
 def _tiles(which: Pass, q: Tensor, k: Tensor, bias: Tensor | None) -> Tiles:
     return tiles(
         which,
@@ -466,7 +453,7 @@ def supported(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> st
         return f"head dim {q.shape[3]} is above {MAX_HEAD_DIM}"
     if v.shape[3] != q.shape[3]:
         return f"v has another head dim ({v.shape[3]}) than q ({q.shape[3]})"
-    if q.is_cuda and q.dtype == torch.float32 and not _tf32_allowed():
+    if q.is_cuda and q.dtype == torch.float32 and not runtime.tf32_allowed():
         return "float32 products may not be rounded to TF32 (torch.backends.cuda.matmul.allow_tf32 = True)"
     if bias is not None and runtime.unpack_duals([bias])[1] is not None:
         return "bias has a forward-mode tangent"

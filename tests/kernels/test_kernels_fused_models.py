@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import models
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastsample_kernels as fk
+from fastsample_kernels import _runtime as runtime
 from fastsample_kernels import patching
 
 
@@ -131,5 +134,93 @@ def test_a_modulation_that_is_not_per_channel_runs_the_modules() -> None:
     narrow = torch.randn(2, 4, 1)
     expected = [block(x, s, s) for s in (wide, narrow)]
     assert fk.patch(block).replaced == {"Block": "1 group_norm + silu"}
-    for s, y in zip((wide, narrow), expected, strict=True):
+    for s, y in zip(
+        (wide, narrow, 0.3), [*expected, block(x, torch.tensor(0.3), torch.tensor(0.3))], strict=True
+    ):
         torch.testing.assert_close(block(x, s, s), y, rtol=1e-5, atol=1e-5)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.GroupNorm(2, 4), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        x = self.act(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("act", nn.GELU()), ("act", nn.Sequential(nn.SiLU(), nn.Tanh())), ("norm", nn.Identity())],
+    ids=str,
+)
+def test_modules_exchanged_after_patching_run(name: str, other: nn.Module) -> None:
+    x = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    block = Pair()
+    assert fk.patch(block).replaced == {"Pair": "1 group_norm + silu"}
+    setattr(block, name, other)
+    assert torch.equal(block(x), block.act(block.norm(x)))
+
+
+def test_a_forward_set_after_patching_runs() -> None:
+    x = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    block = Pair()
+    fk.patch(block)
+    block.norm.forward = lambda x: 2 * x
+    assert torch.equal(block(x), F.silu(2 * x))
+
+
+def test_hooks_prevent_fusing() -> None:
+    x = torch.randn(2, 4, 5, requires_grad=True)
+    net = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+    fk.patch(net)
+    seen: list[str] = []
+    net[0].register_full_backward_pre_hook(lambda *_: seen.append("backward"))
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m).__name__))
+    try:
+        net(x).sum().backward()
+    finally:
+        handle.remove()
+    assert seen == ["GroupNorm", "SiLU", "Sequential", "backward"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [1e-3, 0.1, 1.0])
+def test_rms_norm_without_eps_is_pytorchs(dtype: torch.dtype, size: float) -> None:
+    norm = nn.RMSNorm(64, dtype=dtype)
+    x = (size * torch.randn(4, 64, generator=torch.Generator().manual_seed(0))).to(dtype)
+    plain = norm(x).double()
+    eps = runtime.rms_norm_eps(dtype, "cpu")
+    exact = F.rms_norm(x.double(), (64,), eps=eps)
+    ulp = torch.finfo(dtype).eps
+    torch.testing.assert_close(plain, exact, rtol=2 * ulp, atol=0)  # the right eps
+    assert fk.patch(norm).replaced
+    assert "Triton" in fk.explain("rms_norm", x, norm.weight)
+    torch.testing.assert_close(norm(x).double(), exact, rtol=2 * ulp, atol=0)
+
+
+def test_vectors_without_a_batch_run_the_modules() -> None:
+    x = torch.randn(4, generator=torch.Generator().manual_seed(0))
+    for norm in (nn.LayerNorm(4), nn.RMSNorm(4)):
+        wanted = norm(x)
+        fk.patch(norm)
+        assert torch.equal(norm(x), wanted)
+    net = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+    fk.patch(net)
+    with pytest.raises(RuntimeError, match=r"[Ee]xpected at least (2|two) dimensions"):  # PyTorch's error
+        net(x)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_copies_run_the_kernels_with_their_own_weights(copied, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Tensor] = []
+    original = patching.layer_norm
+    monkeypatch.setattr(patching, "layer_norm", lambda *args: runs.append(args[1]) or original(*args))
+    norm = nn.LayerNorm(4)
+    fk.patch(norm)
+    other = copied(norm)
+    other._parameters = {"weight": nn.Parameter(torch.zeros(4)), "bias": None}
+    assert torch.equal(other(torch.randn(2, 4)), torch.zeros(2, 4))
+    assert [w is other.weight for w in runs] == [True]

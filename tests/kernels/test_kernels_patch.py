@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
+import pickle
 import subprocess
 import sys
 
@@ -13,8 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastsample as fs
 import fastsample_kernels as fk
+from fastsample_kernels import _runtime
 from fastsample_kernels._rewrite import fused
+
+
+def patched(model: nn.Module) -> bool:
+    """Whether anything of patch is left in a model."""
+    return any("_fastsample" in str(vars(m)) or hasattr(type(m), "_fastsample_base") for m in model.modules())
 
 
 def test_importing_is_cheap() -> None:
@@ -41,7 +50,7 @@ def test_on_a_cpu_the_patched_model_is_the_same_to_the_bit(name: str, attention:
     assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
     assert list(model.state_dict()) == keys
     fk.unpatch(model)
-    assert not any("forward" in vars(m) or "_fastsample_patched" in vars(m) for m in model.modules())
+    assert not patched(model)
     assert torch.equal(call(model), before)
 
 
@@ -83,7 +92,7 @@ def test_a_block_with_a_pair_and_attention_gets_both() -> None:
     assert report.replaced == {"Both": "1 group_norm + silu, attention"}
     assert torch.equal(block(X), wanted)
     fk.unpatch(block)
-    assert "forward" not in vars(block)
+    assert not patched(block)
 
 
 def test_a_copy_has_its_own_weights_and_patching_twice_is_patching_once() -> None:
@@ -96,8 +105,111 @@ def test_a_copy_has_its_own_weights_and_patching_twice_is_patching_once() -> Non
             p.mul_(0.5)
     assert not torch.equal(call(other), call(model))
     fk.unpatch(model)
+    assert patched(other)
     fk.unpatch(other)
-    assert not any("forward" in vars(m) for m in (*model.modules(), *other.modules()))
+    assert not patched(model)
+    assert not patched(other)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda m: m._replicate_for_data_parallel()],
+    ids=["copy", "deepcopy", "replica"],
+)
+def test_copies_of_a_module_are_themselves(copied) -> None:
+    norm = nn.LayerNorm(4)
+    fk.patch(norm)
+    other = copied(norm)
+    assert patched(other)
+    other._parameters = {}  # what the three share differs
+    other.weight, other.bias, other.eps = torch.full((4,), 3.0), torch.ones(4), 1.0
+    x = X[0, :, :4]
+    torch.testing.assert_close(other(x), F.layer_norm(x, (4,), eps=1.0) * 3 + 1)
+    torch.testing.assert_close(norm(x), F.layer_norm(x, (4,)))
+
+
+def test_a_patched_module_looks_like_its_class() -> None:
+    block = Straight()
+    before = repr(block)
+    fk.patch(block)
+    assert isinstance(block, Straight)
+    assert (type(block).__name__, type(block).__module__) == ("Straight", Straight.__module__)
+    assert repr(block) == before
+    fk.unpatch(block)
+    assert type(block) is Straight
+
+
+def test_a_patched_model_is_pickled_unpatched() -> None:
+    model, call = models.unet2d()
+    wanted = call(model)
+    fk.patch(model, attention=True)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (torch.load(file, weights_only=False), pickle.loads(pickle.dumps(model))):
+        assert not patched(other)
+        assert torch.equal(call(other), wanted)
+        fk.patch(other)
+        assert torch.equal(call(other), wanted)
+    assert patched(model)
+
+
+def test_copies_of_an_accelerated_network_are_undone_by_themselves() -> None:
+    model = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU(), nn.LayerNorm(5))
+    wanted = model(X)
+    fs.accelerate(model)
+    other = copy.deepcopy(model)
+    fs.unaccelerate(other)
+    assert patched(model)
+    assert not patched(other)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(X), wanted)
+    fs.unaccelerate(loaded)
+    assert patched(model)
+    fs.unaccelerate(model)
+    assert not patched(model)
+
+
+def test_a_class_derived_from_a_patched_one_loses_the_kernels_all_the_same() -> None:
+    """As FSDP's fully_shard and parametrizations make them."""
+    block = Straight()
+    fk.patch(block)
+    block.__class__ = type("Sharded", (type(block),), {})
+    fk.unpatch(block)
+    block.act = nn.ReLU()
+    assert torch.equal(block(X), F.relu(block.norm(X)) + X)
+    assert "was derived from a patched one" in fk.patch(block).kept["Sharded"]
+
+
+def test_parametrized_modules_stay() -> None:
+    norm = nn.LayerNorm(4)
+    nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity())
+    assert "it is parametrized" in str(fk.patch(norm))
+    nn.utils.parametrize.remove_parametrizations(norm, "weight")
+    assert fk.patch(norm).replaced == {"LayerNorm": "layer_norm"}
+    with pytest.raises(TypeError, match=r"model is a str; give an nn\.Module"):
+        fk.unpatch("x")
+
+
+def test_norms_over_several_axes_are_reported() -> None:
+    kept = fk.patch(nn.Sequential(nn.LayerNorm((4, 3)))).kept
+    assert kept == {"0": "it normalises over 2 axes, (4, 3); the kernels over the last"}
+
+
+def test_the_parameters_are_called_as_pytorchs() -> None:
+    x = X[:, :, :4]
+    for module, name in (
+        (nn.GroupNorm(2, 4), "input"),
+        (nn.LayerNorm(4), "input"),
+        (nn.RMSNorm(4), "x"),
+        (nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()), "input"),
+    ):
+        wanted = module(x)
+        fk.patch(module)
+        assert torch.equal(module(**{name: x}), wanted)
 
 
 def test_the_patched_model_compiles_whole() -> None:
@@ -116,6 +228,27 @@ def test_hooks_on_the_modules_still_run() -> None:
     fk.patch(net)
     net(torch.randn(1, 4, 3))
     assert seen == ["norm", "act"]
+
+
+def test_hooks_of_the_backward_pass_and_of_all_modules_prevent_fusing() -> None:
+    net = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+    assert not _runtime.hooked(net[0])
+    handles = [net[0].register_full_backward_pre_hook(lambda *_: None)]
+    assert _runtime.hooked(net[0])
+    handles[0].remove()
+    every = nn.modules.module
+    for register in (
+        every.register_module_forward_hook,
+        every.register_module_forward_pre_hook,
+        every.register_module_full_backward_hook,
+        every.register_module_full_backward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        try:
+            assert _runtime.hooked(net[0]), register
+        finally:
+            handle.remove()
+    assert not _runtime.hooked(net[0])
 
 
 def test_subclasses_with_a_forward_of_their_own_stay() -> None:
@@ -245,6 +378,36 @@ class Twisted(Block):
         return x
 
 
+class ScaleIsTheVariable(Block):
+    def forward(self, h: Tensor, shift: float = 0.5) -> Tensor:
+        h = self.norm(h)
+        h = h * (1 + h) + shift
+        h = self.act(h)
+        return h
+
+
+class ShiftIsTheVariable(Block):
+    def forward(self, h: Tensor, scale: float = 0.5) -> Tensor:
+        if scale:
+            h = self.norm(h)
+            h = h * (1 + scale) + h
+        h = self.act(h)
+        return h
+
+
+class PrivateNames(Block):
+    __factor = 2
+
+    def __helper(self, x: Tensor) -> Tensor:
+        return x * PrivateNames.__factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.__helper(x) + PrivateNames.__factor
+        x = self.norm(x)
+        x = self.act(x)
+        return x
+
+
 X = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))
 S = torch.randn(2, 4, 1, generator=torch.Generator().manual_seed(2))
 FORWARDS = [
@@ -258,6 +421,9 @@ FORWARDS = [
     (AnotherName, [()], 0),
     (AnotherActivation, [()], 0),
     (Twisted, [(S, 2 * S)], 0),
+    (ScaleIsTheVariable, [()], 0),
+    (ShiftIsTheVariable, [()], 0),
+    (PrivateNames, [()], 1),
 ]
 
 
@@ -280,6 +446,14 @@ def test_only_what_the_source_proves_is_fused(cls: type[Block], calls: list, pai
     for arguments in calls:
         torch.testing.assert_close(found[0](block, X, *arguments), block(X, *arguments), rtol=0, atol=0)
     assert runs
+
+
+@pytest.mark.parametrize("cls", [ScaleIsTheVariable, ShiftIsTheVariable, PrivateNames])
+def test_patched_they_compute_the_same(cls: type[Block]) -> None:
+    block = cls()
+    wanted = block(X)
+    fk.patch(block)
+    assert torch.equal(block(X), wanted)
 
 
 def test_defaults_and_keywords_are_kept() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastsample_kernels import dit, explain
+from fastsample_kernels import _runtime, dit, explain
 from fastsample_kernels.attention import attention, reference
 
 module = importlib.import_module("fastsample_kernels.attention")
@@ -81,9 +81,9 @@ def test_tf32_is_read_from_either_setting(monkeypatch):
 
     for settings in (Old(), New()):
         monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
-        assert module._tf32_allowed()
+        assert _runtime.tf32_allowed()
 
 
 def test_tf32_is_a_constant_for_the_compiler():
-    compiled = torch.compile(lambda: torch.ones(1) + module._tf32_allowed(), fullgraph=True, backend="eager")
-    assert compiled().item() == 1 + module._tf32_allowed()
+    compiled = torch.compile(lambda: torch.ones(1) + _runtime.tf32_allowed(), fullgraph=True, backend="eager")
+    assert compiled().item() == 1 + _runtime.tf32_allowed()
