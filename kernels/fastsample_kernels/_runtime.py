@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,17 @@ def why_not(*tensors: Tensor | None) -> str | None:
         if tensor.numel() == 0:
             return "a tensor is empty"
     return None
+
+
+def check_devices(name: str, tensor: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    """Refuse tensors on another device than ``tensor``, whose pointers a kernel would misread.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    for other, t in others.items():
+        if t is not None and t.device != tensor.device:
+            raise ValueError(f"{other} is on {t.device}, {name} on {tensor.device}; move one to the other")
 
 
 @functools.cache

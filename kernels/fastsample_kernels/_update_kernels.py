@@ -76,9 +76,11 @@ def update(
     pid = tl.program_id(0)
     sample = (pid // tiles).to(tl.int64)
     tile = pid % tiles
-    at = tile * 4 * BLOCKS + tl.arange(0, 4 * BLOCKS)
-    mask = at < size
-    start = sample * size
+    # One 64-bit address and 32-bit offsets: a sample may have more elements than 32 bits count.
+    first = tile.to(tl.int64) * (4 * BLOCKS)
+    at = tl.arange(0, 4 * BLOCKS)
+    mask = at < size - first
+    start = sample * size + first
 
     state, result = _term(x0 + start, a0, at, mask, ACC)
     if TERMS > 1:

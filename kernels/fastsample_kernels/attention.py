@@ -429,6 +429,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
                 f"{name} is {x.dtype} of shape {tuple(x.shape)}, q is {q.dtype} of shape {tuple(q.shape)}; "
                 "all three need one dtype, batch and number of heads: convert or expand"
             )
+        if not x.is_floating_point():
+            raise ValueError(f"{name} has dtype {x.dtype}; convert it to a floating-point type")
+    runtime.check_devices("q", q, {"k": k, "v": v, "bias": bias})
     if k.shape[3] != q.shape[3]:
         raise ValueError(f"k has dim {k.shape[3]} and q has {q.shape[3]}; they must be equal")
     if v.shape[2] != k.shape[2]:
@@ -490,7 +493,7 @@ def attention(
         (batch, heads, Lq, dim) in the dtype of q, laid out as (batch, Lq, heads, dim) by the kernels.
 
     Raises:
-        ValueError: shapes or dtypes do not fit; the message says which.
+        ValueError: shapes, dtypes or devices do not fit; the message says which.
         NotImplementedError: a second derivative through the kernels.
     """
     q, k, v = runtime.autocast(q, k, v)  # before the kernels are chosen

@@ -462,6 +462,25 @@ def _check_norm(
             f"{name} has shape {tuple(p.shape)}; expected (batch, dim) = {sample}, that with axes of 1 between, "
             f"or one number for each element of x, {tuple(x.shape)}"
         )
+    runtime.check_devices("x", x, {"branch": branch, **vectors, **modulations})
+
+
+def _check_gated(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+) -> None:
+    if norm not in ("layer", "rms"):
+        raise ValueError(f"norm={norm!r} is not one of 'layer', 'rms'")
+    if norm == "rms" and bias is not None:
+        raise ValueError("norm='rms' takes no bias; use shift, or norm='layer'")
+    vectors = {"weight": weight, "bias": bias}
+    _check_norm(x, branch, vectors, {"gate": gate, "scale": scale, "shift": shift})
 
 
 def _spread(p: Tensor | None, x: Tensor) -> Tensor | None:
@@ -588,12 +607,7 @@ def gated_residual_norm(
         ValueError: a shape, dtype or name that does not fit; the message says which.
         NotImplementedError: a second derivative through the kernels.
     """
-    if norm not in ("layer", "rms"):
-        raise ValueError(f"norm={norm!r} is not one of 'layer', 'rms'")
-    if norm == "rms" and bias is not None:
-        raise ValueError("norm='rms' takes no bias; use shift, or norm='layer'")
-    vectors = {"weight": weight, "bias": bias}
-    _check_norm(x, branch, vectors, {"gate": gate, "scale": scale, "shift": shift})
+    _check_gated(x, branch, gate, weight, bias, scale, shift, norm)
     if supported(x, branch, gate, weight, bias, scale, shift) is not None:
         return reference_gated_residual_norm(
             x,
@@ -607,6 +621,21 @@ def gated_residual_norm(
             shift=_spread(shift, x),
         )
     return _norm_call(x, branch, gate, weight, bias, scale, shift, eps, norm)
+
+
+def _check_rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None) -> None:
+    if x.dim() != 4 or x.shape[3] % 2 or not x.is_floating_point():
+        raise ValueError(
+            f"x is {x.dtype} of shape {tuple(x.shape)}; expected floating point, (batch, heads, length, dim) "
+            "with dim even"
+        )
+    runtime.check_devices("x", x, {"cos": cos, "sin": sin, "weight": weight})
+    rows = (x.shape[0], x.shape[2], x.shape[3])
+    for name, p in (("cos", cos), ("sin", sin)):
+        if p.shape not in (rows[1:], rows):
+            raise ValueError(f"{name} has shape {tuple(p.shape)}; expected {rows[1:]} or {rows}")
+    if weight is not None and weight.shape != rows[2:]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected ({rows[2]},), the last axis of x")
 
 
 def _why_not_rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None) -> str | None:
@@ -645,17 +674,11 @@ def norm_rope(
         ValueError: a shape that does not fit; the message says which.
         NotImplementedError: a second derivative through the kernels.
     """
-    if x.dim() != 4 or x.shape[3] % 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, heads, length, dim) with dim even")
-    rows = (x.shape[0], x.shape[2], x.shape[3])
-    for name, p in (("cos", cos), ("sin", sin)):
-        if p.shape not in (rows[1:], rows):
-            raise ValueError(f"{name} has shape {tuple(p.shape)}; expected {rows[1:]} or {rows}")
-    if weight is not None and weight.shape != rows[2:]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected ({rows[2]},), the last axis of x")
+    _check_rope(x, cos, sin, weight)
     if _why_not_rope(x, cos, sin, weight) is not None:
         cos, sin = (p if p.dim() == 2 else p.unsqueeze(1) for p in (cos, sin))
         return reference_norm_rope(x, cos, sin, weight, eps, norm=norm, interleaved=interleaved)
+    rows = (x.shape[0], x.shape[2], x.shape[3])
     return _call_rope(x, cos.expand(rows), sin.expand(rows), weight, eps, norm, interleaved)[0]
 
 
@@ -677,11 +700,16 @@ def qk_norm_rope(
     )
 
 
-def _glu_call(x: Tensor, activation: Activation) -> Tensor:
+def _check_glu(x: Tensor, approximate: str = "none") -> None:
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate={approximate!r} is not one of 'none', 'tanh'")
     if x.dim() == 0 or x.shape[-1] % 2 or not x.is_floating_point():
         raise ValueError(
             f"x is {x.dtype} of shape {tuple(x.shape)}; expected floating point, (..., 2 * features)"
         )
+
+
+def _glu_call(x: Tensor, activation: Activation) -> Tensor:
     if _why_not_glu(x) is not None:
         return reference_glu(x, activation)
     y = _call_glu(x.reshape(-1, x.shape[-1]), activation)[0]
@@ -711,13 +739,13 @@ def geglu(x: Tensor, *, approximate: Literal["none", "tanh"] = "none") -> Tensor
         ValueError: x has an odd last axis or is not floating point, or ``approximate`` is unknown.
         NotImplementedError: a second derivative through the kernels.
     """
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f"approximate={approximate!r} is not one of 'none', 'tanh'")
+    _check_glu(x, approximate)
     return _glu_call(x, "gelu_tanh" if approximate == "tanh" else "gelu")
 
 
 def swiglu(x: Tensor) -> Tensor:
     """``hidden * silu(gate)`` with ``hidden, gate = x.chunk(2, -1)``; otherwise as :func:`geglu`."""
+    _check_glu(x)
     return _glu_call(x, "silu")
 
 
@@ -728,31 +756,60 @@ def _said(name: str, reason: str | None, tiles: Tiles) -> str:
     return f"{name}: Triton, {tiles}" if reason is None else f"{name}: plain torch, because {reason}"
 
 
-def _explain_norm(name: str, x: Tensor, *args: Any, **kwargs: Any) -> str:
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+def _explain_norm(name: str, x: Tensor, *tensors: Tensor | None) -> str:
     rows = row_tiles(x.shape[0], max(1, math.prod(x.shape[1:-1])), x.shape[-1])
     return _said(name, supported(x, *tensors), rows)
 
 
 @runtime.explains("layer_norm")
-def _explain_layer_norm(x: Tensor, *args: Any, **kwargs: Any) -> str:
-    return _explain_norm("layer_norm", x, *args, **kwargs)
+def _explain_layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> str:
+    _check_norm(x, None, {"weight": weight, "bias": bias}, {"scale": scale, "shift": shift})
+    return _explain_norm("layer_norm", x, weight, bias, scale, shift)
 
 
 @runtime.explains("rms_norm")
-def _explain_rms_norm(x: Tensor, *args: Any, **kwargs: Any) -> str:
-    return _explain_norm("rms_norm", x, *args, **kwargs)
+def _explain_rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> str:
+    _check_norm(x, None, {"weight": weight}, {"scale": scale, "shift": shift})
+    return _explain_norm("rms_norm", x, weight, scale, shift)
 
 
 @runtime.explains("gated_residual_norm")
-def _explain_gated_residual_norm(x: Tensor, *args: Any, **kwargs: Any) -> str:
-    return _explain_norm("gated_residual_norm", x, *args, **kwargs)
+def _explain_gated_residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    norm: Norm = "layer",
+) -> str:
+    _check_gated(x, branch, gate, weight, bias, scale, shift, norm)
+    return _explain_norm("gated_residual_norm", x, branch, gate, weight, bias, scale, shift)
 
 
 @runtime.explains("norm_rope")
 def _explain_norm_rope(
     x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> str:
+    _check_rope(x, cos, sin, weight)
     rows = row_tiles(x.shape[0] * x.shape[1], x.shape[2], x.shape[3])
     return _said("norm_rope", _why_not_rope(x, cos, sin, weight), rows)
 
@@ -773,10 +830,12 @@ def _explain_qk_norm_rope(
 
 
 @runtime.explains("geglu")
-def _explain_geglu(x: Tensor, **kwargs: Any) -> str:
+def _explain_geglu(x: Tensor, *, approximate: str = "none") -> str:
+    _check_glu(x, approximate)
     return _said("geglu", _why_not_glu(x), glu_tiles(x.shape[-1] // 2))
 
 
 @runtime.explains("swiglu")
 def _explain_swiglu(x: Tensor) -> str:
+    _check_glu(x)
     return _said("swiglu", _why_not_glu(x), glu_tiles(x.shape[-1] // 2))

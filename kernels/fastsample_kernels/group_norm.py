@@ -515,6 +515,8 @@ def _check(
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}; convert it to a floating-point type")
     channels = x.shape[1]
+    if not isinstance(num_groups, (int, torch.SymInt)):
+        raise ValueError(f"num_groups={num_groups!r} is a {type(num_groups).__name__}; give an int")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups={num_groups} does not divide the {channels} channels of x")
     if activation not in ACTIVATIONS:
@@ -531,6 +533,8 @@ def _check(
             )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected that of x, {tuple(x.shape)}")
+    others = {"weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual}
+    runtime.check_devices("x", x, others)
 
 
 def supported(x: Tensor, *others: Tensor | None) -> str | None:
@@ -571,7 +575,7 @@ def group_norm(
         y, of the shape and layout of ``x`` and the wider of the types of ``x`` and ``residual``.
 
     Raises:
-        ValueError: a shape, type or name that does not fit; the message says which.
+        ValueError: a shape, type, device or name that does not fit; the message says which.
         NotImplementedError: a second derivative through the kernels.
     """
     _check(x, num_groups, weight, bias, activation, scale, shift, residual)

@@ -94,19 +94,23 @@ def reference(
     keep: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`update` in plain torch: what runs where Triton does not, and what tests compare with."""
+    # Products only: the compiler makes a constant of each other use of a number, and gives up after eight values.
     acc = runtime.accumulator(tensors[0].dtype)
     y = tensors[0].to(acc) * coefficients[0]
     for x, a in zip(tensors[1:], coefficients[1:], strict=True):
-        y = torch.add(y, x.to(acc), alpha=a)
+        y = y + x.to(acc) * a
     m = None
     if output is not None:
         p, q = convert
-        out = output.to(acc)
-        m = q * (out if null is None else torch.lerp(null.to(acc), out, guidance))
-        m = m if state is None else torch.add(m, tensors[state].to(acc), alpha=p)
-        y = torch.add(y, m, alpha=weight)
+        m = output.to(acc)
+        if null is not None:
+            base = null.to(acc)
+            m = base + (m - base) * guidance
+        m = m * q
+        m = m if state is None else m + tensors[state].to(acc) * p
+        y = y + m * weight
     if noise is not None:
-        y = torch.add(y, normal(y, noise.seed, noise.stream, noise.index), alpha=noise.coefficient)
+        y = y + normal(y, noise.seed, noise.stream, noise.index) * noise.coefficient
     dtype = tensors[0].dtype
     return y.to(dtype), m.to(dtype) if m is not None and keep else None
 
@@ -192,6 +196,17 @@ def update_launch(
     return Launch(kernel, (samples * tiles,), arguments, 4, 1), y, m
 
 
+_NUMBERS = 5  # guidance, p, q, b and c, in front of the coefficients
+
+
+def _numbers(*numbers: float) -> Tensor:
+    """An operator's numbers as a tensor: the compiler makes constants of those of its arguments that are floats."""
+    if torch.compiler.is_compiling():  # which follows numbers into products, but not into torch.tensor
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        return torch.stack([one * a for a in numbers])
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
 @torch.library.custom_op("fastsample_kernels::update", mutates_args=())
 def _update(
     x0: Tensor,
@@ -205,18 +220,14 @@ def _update(
     output: Tensor | None,
     null: Tensor | None,
     index: Tensor | None,
-    coefficients: list[float],
-    guidance: float,
+    numbers: Tensor,
     state: int,
-    p: float,
-    q: float,
-    weight: float,
     seed: int,
     stream: int,
-    c: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     given = [x for x in (x0, x1, x2, x3, x4, x5, x6, x7) if x is not None]
+    guidance, p, q, weight, c, *coefficients = numbers.tolist()
     launch, y, m = update_launch(
         given, output, null, index, coefficients, guidance, state, p, q, weight, seed, stream, c, keep
     )
@@ -235,36 +246,37 @@ def _(*args):
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.dtypes = [None if t is None else t.dtype for t in inputs[: MAX_TERMS + 2]]
-    ctx.coefficients, ctx.guidance, ctx.state, ctx.p, ctx.q, ctx.weight = inputs[
-        MAX_TERMS + 3 : MAX_TERMS + 9
-    ]
-    ctx.keep = inputs[-1]
+    numbers, ctx.state, _, _, ctx.keep = inputs[MAX_TERMS + 3 :]
+    ctx.save_for_backward(numbers)
 
 
 def _gradients(ctx: Any, gy: Tensor | None, gm: Tensor | None) -> tuple[Any, ...]:
     """The update is linear, so its gradients are multiples of those of y and m."""
     if not ctx.keep:
         gm = None
+    (numbers,) = ctx.saved_tensors
+    terms = sum(dtype is not None for dtype in ctx.dtypes[:MAX_TERMS])
+    guidance, p, q, weight, _, *coefficients = numbers.unbind()[: _NUMBERS + terms]
 
-    def total(*terms: tuple[float, Tensor | None]) -> Tensor | None:
-        parts = [a * g for a, g in terms if g is not None]
+    def total(*terms: tuple[Tensor | float, Tensor | None]) -> Tensor | None:
+        parts = [g * a for a, g in terms if g is not None]
         return sum(parts[1:], parts[0]) if parts else None
 
-    at_m = total((1.0, gm), (ctx.weight, gy))
-    gradients = [total((a, gy)) for a in ctx.coefficients] + [None] * (MAX_TERMS - len(ctx.coefficients))
+    at_m = total((1.0, gm), (weight, gy))
+    gradients = [total((a, gy)) for a in coefficients] + [None] * (MAX_TERMS - terms)
     if ctx.state >= 0:
-        gradients[ctx.state] = total((1.0, gradients[ctx.state]), (ctx.p, at_m))
-    share = 1.0 if ctx.dtypes[-1] is None else ctx.guidance
-    gradients += [total((ctx.q * share, at_m)), total((ctx.q * (1 - share), at_m))]
+        gradients[ctx.state] = total((1.0, gradients[ctx.state]), (p, at_m))
+    share = 1.0 if ctx.dtypes[-1] is None else guidance
+    gradients += [total((q * share, at_m)), total((q * (1 - share), at_m))]
     cast = [
         None if g is None or dtype is None else g.to(dtype)
         for g, dtype in zip(gradients, ctx.dtypes, strict=True)
     ]
-    return (*cast, *[None] * 11)
+    return (*cast, *[None] * 6)
 
 
 _call_update = runtime.differentiable(_update, _gradients, _save)
-runtime.batched(_update, "n" * (MAX_TERMS + 3) + "-" * 10)
+runtime.batched(_update, "n" * (MAX_TERMS + 3) + "-" * 5)
 
 
 # -- the function --------------------------------------------------------------------------------------------
@@ -278,6 +290,8 @@ def _check(
     state: int | None,
     noise: Noise | None,
 ) -> None:
+    if isinstance(tensors, Tensor):
+        raise TypeError(f"tensors is a tensor of shape {tuple(tensors.shape)}; give a list, [x]")
     if not tensors:
         raise ValueError("tensors is empty; give at least one state")
     if len(coefficients) != len(tensors):
@@ -293,6 +307,7 @@ def _check(
             )
         if t is not None and not t.is_floating_point():
             raise ValueError(f"{name} has dtype {t.dtype}; convert it to a floating-point type")
+    runtime.check_devices("tensors[0]", tensors[0], dict(named[1:]))
     if null is not None and output is None:
         raise ValueError("null is given without output; guidance combines the two")
     if state is not None and not 0 <= state < len(tensors):
@@ -302,6 +317,8 @@ def _check(
             f"noise.index has shape {tuple(noise.index.shape)} and dtype {noise.index.dtype}; expected "
             f"int64 {tuple(shape[:1])}, one number a sample"
         )
+    if noise is not None:
+        runtime.check_devices("tensors[0]", tensors[0], {"noise.index": noise.index})
 
 
 def supported(tensors: Sequence[Tensor], *others: Tensor | None) -> str | None:
@@ -347,7 +364,8 @@ def update(
         memory order is that of the arguments where all share one and there is no noise, else contiguous.
 
     Raises:
-        ValueError: shapes, types or counts that do not fit; the message says which.
+        ValueError: shapes, types, devices or counts that do not fit; the message says which.
+        TypeError: ``tensors`` is one tensor.
     """
     _check(tensors, coefficients, output, null, state, noise)
     index = None if noise is None else noise.index
@@ -366,30 +384,21 @@ def update(
         )
     keep = keep and output is not None
     seed = 0 if noise is None else noise.seed % _SEED
-    numbers = (
-        [float(a) for a in coefficients],
-        float(guidance),
-        -1 if state is None or output is None else state,
-        float(convert[0]),
-        float(convert[1]),
-        float(weight),
-    )
+    c = 0.0 if noise is None else noise.coefficient
+    numbers = _numbers(guidance, *convert, weight, c, *coefficients)
+    at = -1 if state is None or output is None else state
     # A signed 64-bit integer with the bits of the seed.
-    draw = (
-        (0, 0, 0.0)
-        if noise is None
-        else (seed - _SEED * (seed >> 63), noise.stream, float(noise.coefficient))
-    )
+    draw = (0, 0) if noise is None else (seed - _SEED * (seed >> 63), noise.stream)
     padding = [None] * (MAX_TERMS - len(tensors))
     inputs = [*tensors, *padding, output, null]
     primals, tangents = runtime.unpack_duals(inputs)
-    y, m = _call_update(*primals, index, *numbers, *draw, keep)
+    y, m = _call_update(*primals, index, numbers, at, *draw, keep)
     if tangents is not None:  # of a linear map: the map itself, without noise
         known = [
             torch.zeros_like(x) if t is None and x is not None else t
             for x, t in zip(primals, tangents, strict=True)
         ]
-        dy, dm = _call_update(*known, None, *numbers, 0, 0, 0.0, keep)
+        dy, dm = _call_update(*known, None, numbers, at, 0, 0, keep)
         y, m = runtime.make_dual(y, dy), runtime.make_dual(m, dm) if keep else m
     return y, m if keep else None
 

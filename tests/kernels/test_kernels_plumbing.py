@@ -1,6 +1,7 @@
 """What surrounds the kernels: imports, dispatch, the plain-torch path under the transforms of PyTorch."""
 
 import importlib
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastsample_kernels import Noise, _runtime, explain, group_norm, update
+from fastsample_kernels import Noise, _runtime, attention, dit, explain, group_norm, update
 
 norm = importlib.import_module("fastsample_kernels.group_norm")
 
@@ -82,6 +83,63 @@ def test_unsupported_cuda_tensors_say_why(capability, version, dtype, shape, rea
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(_runtime, "HAS_TRITON", False)
     assert explain(group_norm, torch.randn(2, 4, 3), 2).endswith("triton is not installed")
+
+
+X, META = torch.randn(2, 4, 6), {"device": "meta"}
+ELSEWHERE = {
+    "weight": lambda: group_norm(X, 2, torch.ones(4, **META)),
+    "residual": lambda: group_norm(X, 2, residual=torch.ones(X.shape, **META)),
+    "bias": lambda: dit.layer_norm(X, torch.ones(6), torch.ones(6, **META)),
+    "gate": lambda: dit.gated_residual_norm(X, X, torch.ones(2, 6, **META)),
+    "cos": lambda: dit.norm_rope(X[:, None], torch.ones(4, 6, **META), torch.ones(4, 6)),
+    "v": lambda: attention(X[None], X[None], torch.ones(1, *X.shape, **META)),
+    "tensors[1]": lambda: update([X, torch.ones(X.shape, **META)], [1.0, 2.0]),
+    "output": lambda: update([X], [1.0], output=torch.ones(X.shape, **META)),
+    "noise.index": lambda: update([X], [1.0], noise=Noise(1.0, 0, 0, torch.arange(2, **META))),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_tensors_on_another_device_are_refused(name):
+    first = {"v": "q", "tensors[1]": "tensors[0]", "output": "tensors[0]", "noise.index": "tensors[0]"}
+    message = f"{name} is on meta, {first.get(name, 'x')} on cpu; move one to the other"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ELSEWHERE[name]()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: update(X, [1.0]),
+            TypeError,
+            r"tensors is a tensor of shape \(2, 4, 6\); give a list, \[x\]",
+        ),
+        (lambda: group_norm(X, 2.0), ValueError, r"num_groups=2\.0 is a float; give an int"),
+        (lambda: attention(*[X[None].long()] * 3), ValueError, r"q has dtype torch\.int64; convert it"),
+    ],
+)
+def test_what_cannot_be_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "options", "message"),
+    [
+        ("layer_norm", (X, torch.ones(3)), {}, "weight has shape (3,)"),
+        ("gated_residual_norm", (X, X), {"norm": "batch"}, "norm='batch' is not one of"),
+        ("norm_rope", (X, X, X), {}, "of shape (2, 4, 6); expected floating point, (batch, heads"),
+        ("qk_norm_rope", (X[None], X[None], torch.ones(4, 3), X[0]), {}, "cos has shape (4, 3)"),
+        ("geglu", (torch.ones(2, 7),), {}, "of shape (2, 7); expected floating point, (..., 2 * features)"),
+        ("geglu", (X,), {"approximate": "erf"}, "approximate='erf' is not one of"),
+        ("swiglu", (torch.ones(2, 7),), {}, "of shape (2, 7)"),
+    ],
+)
+def test_explain_refuses_what_the_call_refuses(name, args, options, message):
+    for call in (getattr(dit, name), lambda *args, **options: explain(name, *args, **options)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call(*args, **options)
 
 
 def test_explain_names_the_kernels():
@@ -166,3 +224,20 @@ def test_transforms(tensors):
     torch.testing.assert_close((y, dy), wanted)
     stacked = tuple(torch.stack([t, t + 1]) for t in values)
     torch.testing.assert_close(torch.vmap(block)(*stacked)[0], block(*values))
+
+
+def test_update_compiles_once_for_all_numbers():
+    """More values than the compiler makes graphs for."""
+    x, index = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), torch.arange(2)
+
+    def step(a, w, seed):
+        noise = Noise(a, seed, 0, index)
+        given = {"output": x, "null": 2 * x, "guidance": w, "weight": w, "convert": (a, w), "state": 1}
+        y, m = update([x, 2 * x], [a, 1 - a], noise=noise, **given)
+        return y + m
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for i in range(12):
+        numbers = (0.1 * i, 0.3 + 0.5 * i, (1, 2**40, 2**64 - 1)[i % 3])
+        torch.testing.assert_close(compiled(*numbers), step(*numbers), rtol=1e-5, atol=1e-5)

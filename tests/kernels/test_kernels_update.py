@@ -3,6 +3,7 @@
 import importlib
 import random
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -72,6 +73,57 @@ def test_one_launch_in_memory_order(monkeypatch):
     y, _ = update([x], [1.0], noise=Noise(1.0, 0, 0, torch.arange(2)))
     assert y.is_contiguous()
     assert launched[1]["x0"].is_contiguous()
+
+
+@pytest.mark.quick
+def test_update_compiles_once_for_all_numbers():
+    """More values than the compiler makes graphs for."""
+    x, index = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), torch.arange(2)
+
+    def step(a, w, seed):
+        noise = Noise(a, seed, 0, index)
+        given = {"output": x, "null": 2 * x, "guidance": w, "weight": w, "convert": (a, w), "state": 1}
+        y, m = update([x, 2 * x], [a, 1 - a], noise=noise, **given)
+        return y + m
+
+    torch._dynamo.reset()
+    assert "Triton" in explain("update", [x], [1.0])
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for i in range(12):
+        numbers = (0.1 * i, 0.3 + 0.5 * i, (1, 2**40, 2**64 - 1)[i % 3])
+        torch.testing.assert_close(compiled(*numbers), step(*numbers), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.quick
+def test_samples_of_more_elements_than_32_bits_count(monkeypatch):
+    """The last tile of such a sample, with the memory accesses recorded instead of made."""
+    from triton.runtime import interpreter
+
+    builder, x, size = interpreter.interpreter_builder, torch.zeros(1, 4096), 2**31 + 2048
+    launch, y, _ = module.update_launch(
+        [x], None, None, None, [1.0], 1.0, -1, 0.0, 1.0, 0.0, 0, 0, 0.0, False
+    )
+    tiles = -(-size // (4 * module._BLOCKS))
+    seen: dict[str, list] = {"load": [], "store": []}
+
+    def load(ptrs, mask, other, *_):
+        seen["load"].append((ptrs.data, mask.data))
+        return other
+
+    def store(ptrs, value, mask, *_):
+        seen["store"].append((ptrs.data, mask.data))
+
+    monkeypatch.setattr(builder, "create_masked_load", load)
+    monkeypatch.setattr(builder, "create_masked_store", store)
+    last = interpreter.TensorHandle(np.array([tiles - 1], dtype=np.int32), tl.int32)
+    monkeypatch.setattr(builder, "create_get_program_id", lambda axis: last)
+    Launch(launch.kernel, (1,), launch.args | {"size": size, "tiles": tiles}, 4, 1)()
+    wanted = (tiles - 1) * 4 * module._BLOCKS + np.arange(4 * module._BLOCKS)
+    for what, tensor in (("load", x), ("store", y)):
+        ((addresses, mask),) = seen[what]
+        offsets = (addresses.astype(np.int64) - tensor.data_ptr()) // 4
+        assert mask.all() == (wanted < size).all()
+        assert (offsets.ravel() == wanted).all()
 
 
 # -- noise ---------------------------------------------------------------------------------------------------
@@ -222,13 +274,26 @@ def test_vmap_draws_each_sample_once_and_returns_no_empty_prediction():
 
 def test_opcheck():
     a, b, output, null = (t.requires_grad_() for t in arguments((2, 3), terms=2, dtype=torch.float32))
-    rest = [None] * (module.MAX_TERMS - 2)
+    rest, numbers = [None] * (module.MAX_TERMS - 2), module._numbers
     opcheck(
         module._update,
-        (a, b, *rest, output, null, torch.arange(2), [0.1, 0.2], 2.0, 1, 0.3, 0.4, 0.5, 3, 4, 0.6, True),
+        (
+            a,
+            b,
+            *rest,
+            output,
+            null,
+            torch.arange(2),
+            numbers(2.0, 0.3, 0.4, 0.5, 0.6, 0.1, 0.2),
+            1,
+            3,
+            4,
+            True,
+        ),
     )
     opcheck(
-        module._update, (a, b, *rest, None, None, None, [0.1, 0.2], 1.0, -1, 0.0, 1.0, 0.0, 0, 0, 0.0, False)
+        module._update,
+        (a, b, *rest, None, None, None, numbers(1.0, 0.0, 1.0, 0.0, 0.0, 0.1, 0.2), -1, 0, 0, False),
     )
 
 
