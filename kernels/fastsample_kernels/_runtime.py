@@ -173,6 +173,14 @@ def unpack_duals(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None],
     """
     if forward_ad._current_level < 0:
         return list(tensors), None
+    functorch: Any = torch._C._functorch
+    top = functorch.peek_interpreter_stack()  # outside vmap(jvp(f)), batched tensors pass
+    within_vmap = top is not None and top.key() == functorch.TransformType.Vmap
+    if within_vmap and any(t is not None and functorch.is_batchedtensor(t) for t in tensors):
+        raise NotImplementedError(
+            "forward-mode derivative of a vmapped kernel, jvp(vmap(f)): put vmap outside, vmap(jvp(f)), or run the "
+            "plain modules there (unpatch the model)"
+        )
     pairs = [(None, None) if t is None else forward_ad.unpack_dual(t) for t in tensors]
     if all(tangent is None for _, tangent in pairs):
         return list(tensors), None

@@ -134,3 +134,21 @@ def test_pieces_take_the_types_of_autocast():
     )
     assert h.dtype == y.dtype == torch.float32
     torch.testing.assert_close((h, y), wide, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.quick
+def test_derivatives_of_vmap_say_that_vmap_goes_outside():
+    x = normal(3, 1, 1, 4, 8)
+
+    def f(z):
+        return attention(z, z, z)
+
+    with pytest.raises(NotImplementedError, match=r"put vmap outside, vmap\(jvp\(f\)\)"):
+        torch.func.jvp(torch.vmap(f), (x,), (x,))
+    q = normal(1, 1, 4, 8, seed=1)
+    one_sided = torch.vmap(lambda k: torch.func.jvp(lambda q: attention(q, k, k), (q,), (q,))[1])(x)
+    exact = torch.func.jvp(lambda q: reference(q.expand(3, 1, 1, 4, 8), x, x), (q,), (q,))[1]
+    torch.testing.assert_close(one_sided, exact, rtol=1e-4, atol=1e-5)
+    got = torch.vmap(lambda z, t: torch.func.jvp(f, (z,), (t,))[1])(x, 2 * x)
+    wanted = torch.func.jvp(lambda z: reference(z, z, z), (x.double(),), (2 * x.double(),))[1]
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
