@@ -64,3 +64,10 @@ def decided(value: int) -> int:
     """What the first process says, a truth value or a whole number."""
     rank, size = rank_and_size()
     return value if size == 1 else int(summed(torch.tensor([int(value) if rank == 0 else 0])).item())
+
+
+def together() -> None:
+    """Wait until all processes are here."""
+    state = _state()
+    if state is not None:
+        state.wait_for_everyone()

@@ -172,6 +172,12 @@ def outputs(net: nn.Module, x: Tensor, t: Tensor, conditions: Mapping[str, Any])
         for a, b in ((x, t), (x.flip(0) * 0.5 + 0.1, t), (x, t.flip(0))):
             with torch.no_grad(), _recording(net, seen):
                 net(a, b, **conditions)
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        given = ", ".join(conditions) or "none"
+        raise ValueError(
+            f"the network cannot be run on two samples {tuple(x.shape)} (conditions: {given}): {error}; give what it "
+            "needs: example_conditions={'labels': torch.tensor([0, 1])}, those of two samples"
+        ) from error
     finally:
         net.train(training)
     return {name: outputs for name, outputs in seen.items() if len(outputs) == _PROBES + 1}

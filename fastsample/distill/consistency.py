@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import grids
 from ..errors import unknown
 from .batch import Batch
+from .limits import COUNT, DECAY, Limit
 from .method import Method, follow, pseudo_huber, squared
 from .prediction import column, consistency_function, noised
 from .teacher import teacher_step
@@ -42,7 +43,7 @@ class Consistency(ConsistencyModel):
         grid: the times, by name of ``fs.grids``; by default the process's own (the paper: Karras').
         jitter: t is anywhere on the grid's curve and x_n one interval below it, so that the student knows all
             times; False is the paper's, whose student knows the grid's times alone.
-        order: of the teacher's step; 2 is Heun, 1 DDIM.
+        order: of the teacher's step; 2 is Heun (the paper), 1 DDIM.
         target_decay: mu of the target's moving average (the paper: 0.95); 0 is the student itself.
         metric: "pseudo_huber" (Song & Dhariwal 2024) or "l2".
     """
@@ -54,19 +55,22 @@ class Consistency(ConsistencyModel):
     target_decay: float = 0.95
     metric: str = "pseudo_huber"
 
+    limits: ClassVar[dict[str, Limit]] = {"intervals": COUNT, "target_decay": DECAY}
+
     def build(self) -> None:
         if self.metric not in METRICS:
             raise unknown("metric", self.metric, METRICS)
-        if self.intervals < 1:
-            raise ValueError(f"intervals={self.intervals}: at least 1 is needed")
-        if not 0 <= self.target_decay < 1:
-            raise ValueError(f"target_decay={self.target_decay} must lie in [0, 1)")
         if self.order not in (1, 2):
             raise ValueError(f"order={self.order}: the teacher's step is of order 1 (DDIM) or 2 (Heun)")
         self.nets["target"] = self.copy_of("student")
         # from the least noise to the most: t_1 .. t_N of the paper, with zero noise before them
         process = self.teacher.process
         self.times = grids.make(self.grid or process.grid, process, self.intervals, end="zero").flip(0)
+        if len(self.times) != self.intervals + 1:
+            raise ValueError(
+                f"intervals={self.intervals}: the network knows too few times for so many; the grid has "
+                f"{len(self.times) - 1}"
+            )
 
     def objective(self, batch: Batch, role: str) -> Tensor:
         u = batch.uniform("t", stratified=True) * self.intervals

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ..process import Process
 from .batch import Batch
 from .consistency import ConsistencyModel
 from .draws import Draws
+from .limits import POSITIVE, WEIGHT, Limit
 from .method import squared
 from .prediction import column, predict, time_of_phi
 from .tangent import Tangent, check_width
@@ -46,6 +48,12 @@ class SCM(ConsistencyModel):
     width: float = 0.05
 
     converts: ClassVar[bool] = True
+    limits: ClassVar[dict[str, Limit]] = {
+        "p_mean": Limit(),
+        "p_std": POSITIVE,
+        "warmup": WEIGHT,
+        "c": WEIGHT,
+    }
 
     def build(self) -> None:
         self._tangent = Tangent(self.jvp)
@@ -61,6 +69,12 @@ class SCM(ConsistencyModel):
         if 0 < over < 1:
             over *= self.whole
         return 1.0 if over <= 0 else min(1.0, max(0, step - self.conversion) / over)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"jvp": self._tangent.mode}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._tangent.mode = state["jvp"]
 
     def objective(self, batch: Batch, role: str) -> Tensor:
         process = self.teacher.process

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .batch import Batch
+from .limits import COUNT, Limit
 from .prediction import predict
 from .score import ScoreDistillation
 
@@ -22,10 +24,7 @@ class DMD2(ScoreDistillation):
 
     ratio: int = 5
 
-    def build(self) -> None:
-        if self.ratio < 1:
-            raise ValueError(f"ratio={self.ratio}: at least 1 is needed")
-        super().build()
+    limits: ClassVar[dict[str, Limit]] = {"ratio": COUNT}
 
     def roles(self, step: int) -> tuple[str, ...]:
         return ("fake", "student") if step % self.ratio == 0 else ("fake",)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .batch import Batch
 from .consistency import ConsistencyModel
 from .draws import Draws
+from .limits import COUNT, POSITIVE, WEIGHT, Limit
 from .method import pseudo_huber
 from .prediction import column, consistency_function, noised, time_of_rho
 
@@ -28,6 +29,7 @@ class _DataDriven(ConsistencyModel):
     p_mean: float = -1.1
     p_std: float = 2.0
 
+    limits: ClassVar[dict[str, Limit]] = {"p_mean": Limit(), "p_std": POSITIVE}
     converts: ClassVar[bool] = False  # r = 0 is denoising: the first pairs teach the prediction type
 
     def progress(self, batch: Batch) -> float:
@@ -62,6 +64,13 @@ class ICT(_DataDriven):
 
     s0: int = 10
     s1: int = 1280
+
+    limits: ClassVar[dict[str, Limit]] = {"s0": COUNT, "s1": COUNT}
+
+    def build(self) -> None:
+        super().build()
+        if self.s1 < self.s0:
+            raise ValueError(f"s1={self.s1} is less than s0={self.s0}; intervals grow from s0 to s1")
 
     def intervals(self, step: int) -> int:
         """``N(k) - 1`` at an update (eq. 10)."""
@@ -112,6 +121,14 @@ class ECT(_DataDriven):
     p_mean: float = 0.0
     stages: int = 5
     c: float = 0.06
+
+    limits: ClassVar[dict[str, Limit]] = {
+        "q": Limit(1, above=True),
+        "k": WEIGHT,
+        "b": WEIGHT,
+        "stages": COUNT,
+        "c": WEIGHT,
+    }
 
     def lower(self, rho: Tensor, stage: int) -> Tensor:
         """The noise level r that goes with t (B,)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,7 @@ class Best:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.value: float | None = None
+        self.sha256: str | None = None
         self.step: int | None = None
         self.average: str | None = None
 
@@ -148,16 +150,32 @@ class Best:
         from ..plan import write_atomically
 
         self.value, self.step, self.average = value, step, average
-        write_atomically(self.file, save(weights(net)))
+        content = save(weights(net))
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        write_atomically(self.file, content)
         return True
+
+    def load(self) -> dict[str, Tensor] | None:
+        """The weights; None where the file is not the one that was written."""
+        from safetensors.torch import load
+
+        if self.sha256 is None or not self.file.is_file():
+            return None
+        content = self.file.read_bytes()
+        return load(content) if hashlib.sha256(content).hexdigest() == self.sha256 else None
+
+    def forget(self) -> None:
+        """Choose anew from here on."""
+        self.value = self.sha256 = self.step = self.average = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"value": self.value, "step": self.step, "average": self.average}
+        return {k: getattr(self, k) for k in ("value", "sha256", "step", "average")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self.value, self.step, self.average = state["value"], state["step"], state["average"]
+        for key, value in state.items():
+            setattr(self, key, value)
 
 
 def weights(net: nn.Module) -> dict[str, Tensor]:

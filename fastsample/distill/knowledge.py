@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import unknown
+from ..sampler import Sampler
 from .batch import Batch
 from .consistency import METRICS
 from .data import shuffled
+from .limits import COUNT, Limit
 from .method import Method
 from .pairs import Pairs, make_pairs
 from .prediction import column, predict
@@ -34,10 +36,12 @@ class OnPairs(Method):
     uses_data: ClassVar[bool] = False
     converts: ClassVar[bool] = False
 
+    limits: ClassVar[dict[str, Limit]] = {"pairs": COUNT, "pair_steps": COUNT}
+
     def build(self) -> None:
-        if self.pairs < 1:
-            raise ValueError(f"pairs={self.pairs}: at least 1 is needed")
         self.made: Pairs | None = None
+        # an unknown solver is found here, and not when the pairs are made
+        Sampler(self.teacher, self.pair_solver, self.pair_steps, end="zero")
 
     def prepare(self, data: Any, folder: Path, *, seed: int = 0, progress: bool = False) -> None:
         self.made = make_pairs(

@@ -16,6 +16,7 @@ from ..errors import unknown
 from ..solvers.consistency import lcm_boundary
 from .batch import Batch
 from .consistency import METRICS
+from .limits import COUNT, DECAY, POSITIVE, WEIGHT, Limit
 from .method import Method, follow
 from .prediction import column, noised, predict
 from .teacher import ddim_step
@@ -56,16 +57,22 @@ class LCM(Method):
     timestep_scaling: float = 10.0
     at: str | None = None
 
+    limits: ClassVar[dict[str, Limit]] = {
+        "w_min": WEIGHT,
+        "w_max": WEIGHT,
+        "skip": COUNT,
+        "train_steps": COUNT,
+        "target_decay": DECAY,
+        "timestep_scaling": POSITIVE,
+    }
     solver: ClassVar[str] = "lcm"
 
     def build(self) -> None:
         if self.metric not in METRICS:
             raise unknown("metric", self.metric, METRICS)
-        if not 0 <= self.w_min <= self.w_max:
+        if self.w_min > self.w_max:
             raise ValueError(f"w_min={self.w_min}, w_max={self.w_max}: need 0 <= w_min <= w_max")
-        if not 0 <= self.target_decay < 1:
-            raise ValueError(f"target_decay={self.target_decay} must lie in [0, 1)")
-        if not 1 <= self.skip < self.train_steps:
+        if self.skip >= self.train_steps:
             raise ValueError(
                 f"skip={self.skip}, train_steps={self.train_steps}: need 1 <= skip < train_steps"
             )

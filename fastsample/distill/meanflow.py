@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from ..errors import unknown
 from .batch import Batch
 from .draws import Draws
+from .limits import POSITIVE, SHARE, WEIGHT, Limit
 from .prediction import column, known_fraction, time_of_fraction
 from .shortcut import StepSized
 from .tangent import Tangent, check_width
@@ -42,6 +45,14 @@ class MeanFlow(StepSized):
     jvp: str = "auto"
     width: float = 0.05
 
+    limits: ClassVar[dict[str, Limit]] = {
+        "different": SHARE,
+        "p_mean": Limit(),
+        "p_std": POSITIVE,
+        "power": WEIGHT,
+        "c": POSITIVE,
+    }
+
     def build(self) -> None:
         super().build()
         if self.times not in TIMES:
@@ -52,6 +63,12 @@ class MeanFlow(StepSized):
         check_width(self.width)
         rho_min = float(self.teacher.process.rho(self.teacher.process.t_end))
         self.tau_min = rho_min / (1 + rho_min)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"jvp": self._tangent.mode}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._tangent.mode = state["jvp"]
 
     def objective(self, batch: Batch, role: str) -> Tensor:
         both = [self.tau_max * self.time(batch, name) for name in ("t", "r")]

@@ -21,6 +21,7 @@ from ..plan import Plan
 from ..prediction import canonical, coefficients
 from .adapters import conditioned
 from .batch import Batch
+from .limits import Limit, check
 from .prediction import noised, predict, time_of_phi
 from .weights import duplicate, moving, own_parameters
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 AMPLIFICATION = 20.0
 """From this ``|dx_0 / dout|`` at the noisiest time on, students of eps-predicting teachers predict v."""
 _CONVERSION = 1000
+_NO_SETTINGS = ("teacher", "student", "example_conditions")
 
 
 @dataclass
@@ -60,6 +62,8 @@ class Method:
         lora: the student is LoRA matrices on the parameters of the network it starts from, which it shares:
             options of ``peft.LoraConfig``, such as ``{"r": 16, "target_modules": ["to_q", "to_v"]}``. It keeps
             the teacher's prediction type.
+        example_conditions: conditions of two samples, where the network cannot be run without: some methods run it
+            once to find its time embedding or its middle.
 
     Attributes:
         nets: all networks with a state, by role; those of ``trained`` have an optimiser.
@@ -69,6 +73,7 @@ class Method:
         uses_data: whether clean samples are needed (else conditions alone).
         converts: whether a changed prediction type has to be learnt first.
         learning_rate, betas, schedule: the trainer's defaults for the method, for a small network.
+        limits: ranges of settings, by name; those of the classes above hold, too.
     """
 
     teacher: Denoiser
@@ -77,7 +82,12 @@ class Method:
     convert: int | None = None
     total: int | None = None
     lora: Mapping[str, Any] | None = None
+    example_conditions: Mapping[str, Any] | None = None
 
+    limits: ClassVar[Mapping[str, Limit]] = {
+        "convert": Limit(0, whole=True, optional=True),
+        "total": Limit(1, whole=True, optional=True),
+    }
     solver: ClassVar[str] = "consistency"
     steps: ClassVar[tuple[int, ...]] = (1, 2, 4)
     uses_data: ClassVar[bool] = True
@@ -100,6 +110,8 @@ class Method:
                 f"the teacher's network is a {type(start.net).__name__}, which cannot be copied and trained; "
                 "give student=fs.wrap(module, ...)"
             )
+        for kind in reversed(type(self).__mro__):
+            check(self, vars(kind).get("limits", {}))
         self.nets: dict[str, nn.Module] = {}
         if start.process != self.teacher.process:
             raise ValueError(
@@ -118,7 +130,7 @@ class Method:
         # the state is handed over as it is: mixed precision is the trainer's
         self._meaning = start.replace(prediction=self.prediction, guidance=None, dtype=None)
         if self.lora is None:
-            self.nets["student"] = copy.deepcopy(start.net).requires_grad_(True).train()
+            self.nets["student"] = in_full(copy.deepcopy(start.net)).requires_grad_(True).train()
         else:
             from .lora import with_lora
 
@@ -261,8 +273,17 @@ class Method:
         x = normal((2, *self.sample_shape), 0, torch.arange(2, device=device))
         t = process.network_time(torch.tensor([process.t_start, process.t_end], dtype=torch.float64))
         told = denoiser.told(t).to(device, denoiser.time_dtype(x.dtype))
-        given = as_conditions({**denoiser.conditions, **conditions}, device)
-        return x.to(next(self.nets[role].parameters()).dtype), told, given
+        known = self.example_conditions or {}
+        given = as_conditions({**denoiser.conditions, **known, **conditions}, device)
+        dtype = denoiser.dtype or next(self.nets[role].parameters()).dtype
+        return x.to(dtype), told, given
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was decided in the course of the training, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -289,7 +310,7 @@ class Method:
     def settings(self) -> dict[str, Any]:
         """The method's own settings, as JSON values."""
         fields = dataclasses.fields(self)
-        return {f.name: getattr(self, f.name) for f in fields if f.name not in ("teacher", "student")}
+        return {f.name: getattr(self, f.name) for f in fields if f.name not in _NO_SETTINGS}
 
     @contextmanager
     def training(self, role: str) -> Iterator[nn.Module]:
@@ -307,6 +328,12 @@ class Method:
             for parameters in own.values():
                 for p in parameters:
                     p.requires_grad_(True)
+
+
+def in_full(net: nn.Module) -> nn.Module:
+    """The network in float32 where it is in half precision: small updates would be rounded away."""
+    halves = any(p.dtype in (torch.float16, torch.bfloat16) for p in net.parameters())
+    return net.float() if halves else net
 
 
 def student_plan(denoiser: Denoiser, solver: str, steps: int, options: Mapping[str, Any]) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
+from ..distributed import rank_and_size, together
 from ..identity import Probe, probe
+from ..metrics.statistics import read_sealed, write_sealed
 from ..noise import START, normal
 from ..plan import write_atomically
 from ..sampler import Sampler
 from .data import Data, as_data
 
+log = logging.getLogger(__name__)
 SHARD = 2048
+_SCHEMA = "fastsample.pairs/1"
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ def make_pairs(
 ) -> Pairs:
     """The teacher's samples from ``n`` noises, with the conditions of the data; made again where they lie not.
 
-    Each shard is a file of its own, written whole: a killed run goes on after the last one.
+    Each shard is a file of its own, written whole and checked by its sha256: a killed run goes on after the last
+    one. The processes of a launched run share the shards out; all must call this.
 
     Args:
         teacher: the model; or a sampler, whose plan is used instead of solver and steps.
@@ -70,8 +76,6 @@ def make_pairs(
     Raises:
         ValueError: the folder holds pairs of another teacher or other settings.
     """
-    from safetensors.torch import load_file, save
-
     sampler = teacher if isinstance(teacher, Sampler) else Sampler(teacher, solver, steps, end="zero")
     teacher = sampler.denoiser
     source, device = as_data(data), teacher.device
@@ -87,9 +91,13 @@ def make_pairs(
     folder.mkdir(parents=True, exist_ok=True)
     described = folder / "pairs.json"
     if described.exists():
-        there = json.loads(described.read_text())
+        try:
+            there = json.loads(described.read_text())
+            before = Probe.from_dict(there["teacher"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{described} is damaged ({error!r}); delete {folder}") from error
         others = [name for name in identity if name != "teacher" and there.get(name) != identity[name]]
-        if (why := known.differs(Probe.from_dict(there["teacher"]))) is not None:
+        if (why := known.differs(before)) is not None:
             others.insert(0, f"teacher ({why})")
         if others:
             raise ValueError(
@@ -98,23 +106,46 @@ def make_pairs(
     else:
         write_atomically(described, json.dumps(identity).encode())
     parts: list[dict[str, Tensor]] = []
-    with _bar(progress, -(-n // SHARD)) as tick:
-        for shard, first in enumerate(range(0, n, SHARD)):
-            file = folder / f"{shard:05d}.safetensors"
-            if not file.exists():
-                index = torch.arange(first, first + SHARD)
+    rank, size = rank_and_size()
+    shards = [
+        (folder / f"{i:05d}.safetensors", range(first, min(n, first + SHARD)))
+        for i, first in enumerate(range(0, n, SHARD))
+    ]
+    mine = shards[rank::size]
+    with _bar(progress, len(mine)) as tick:
+        for file, samples in mine:
+            if _read(file, len(samples)) is None:
+                index = torch.arange(samples.start, samples.stop)
                 conditions: dict[str, Any] = source.conditions(index, device, seed=seed)
                 x0 = sampler(
-                    shape=(SHARD, *shape), seed=seed, index=index, batch_size=batch_size, **conditions
+                    shape=(len(index), *shape), seed=seed, index=index, batch_size=batch_size, **conditions
                 )
-                tensors = {"x0": x0, **{f"condition.{k}": v for k, v in conditions.items()}}
-                write_atomically(file, save({k: v.cpu().contiguous() for k, v in tensors.items()}))
-            parts.append(load_file(file))
+                write_sealed(
+                    file, _SCHEMA, {"x0": x0, **{f"condition.{k}": v for k, v in conditions.items()}}
+                )
             tick()
+    together()
+    for file, samples in shards:
+        part = _read(file, len(samples))
+        if part is None:
+            raise ValueError(f"{file}: another process did not leave it whole; run the same command again")
+        parts.append(part)
     names = [k for k in parts[0] if k != "x0"]
     x0 = torch.cat([p["x0"] for p in parts])[:n].to(device)
     joined = {k.removeprefix("condition."): torch.cat([p[k] for p in parts])[:n].to(device) for k in names}
     return Pairs(x0, joined, seed)
+
+
+def _read(file: Path, n: int) -> dict[str, Tensor] | None:
+    """A shard of at least ``n`` pairs; None where it has to be made (again)."""
+    if not file.exists():
+        return None
+    try:
+        tensors = read_sealed(file, _SCHEMA)
+    except ValueError as error:
+        log.warning("%s; its pairs are made again", error)
+        return None
+    return tensors if len(tensors["x0"]) >= n else None
 
 
 def _bar(wanted: bool, total: int) -> Any:

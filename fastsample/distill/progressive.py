@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import grids
 from .batch import Batch
+from .limits import COUNT, Limit
 from .method import Method, squared
 from .prediction import column, noised, predict
 from .teacher import ddim_step
@@ -40,13 +41,21 @@ class Progressive(Method):
     def solver_options(self) -> dict[str, Any]:
         return {"grid": self.grid, "end": "zero"}
 
+    limits: ClassVar[dict[str, Limit]] = {"first": COUNT, "last": COUNT}
+
     def build(self) -> None:
         for name in ("first", "last"):
             value = getattr(self, name)
-            if value < 1 or value & (value - 1):
+            if value & (value - 1):
                 raise ValueError(f"{name}={value}: a power of two is needed")
         if self.last > self.first:
             raise ValueError(f"last={self.last} is more than first={self.first}")
+        finest = grids.make(self.grid, self.teacher.process, 2 * self.first, end="zero")
+        if len(finest) != 2 * self.first + 1:
+            raise ValueError(
+                f"first={self.first}: the network knows too few times; it is taught by {2 * self.first} steps, and "
+                f"the grid has {len(finest) - 1}"
+            )
         self.nets["previous"] = self.copy_of("student")
 
     @property

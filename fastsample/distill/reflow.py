@@ -12,6 +12,7 @@ from .. import solvers
 from ..sampler import Sampler
 from .batch import Batch
 from .knowledge import OnPairs, from_noise
+from .limits import COUNT, DECAY, Limit
 from .method import squared
 from .pairs import Pairs, make_pairs
 from .prediction import noised, predict, time_of_fraction
@@ -34,6 +35,7 @@ class ReFlow(OnPairs):
     rectifications: int = 1
     distilled: float = 0.5
 
+    limits: ClassVar[dict[str, Limit]] = {"rectifications": COUNT, "distilled": DECAY}
     solver: ClassVar[str] = "ddim"  # Euler's rule on straight lines
 
     @property
@@ -47,10 +49,6 @@ class ReFlow(OnPairs):
 
     def build(self) -> None:
         super().build()
-        if self.rectifications < 1 or not 0 <= self.distilled < 1:
-            raise ValueError(
-                f"rectifications={self.rectifications}, distilled={self.distilled}: need at least 1, and [0, 1)"
-            )
         if self.rectifications > 1:
             self.nets["previous"] = self.copy_of("student")
         self._stage = 0

@@ -14,6 +14,7 @@ from .. import grids
 from .adapters import bottleneck, outputs
 from .batch import Batch
 from .judge import Judging
+from .limits import COUNT, POSITIVE, SHARE, WEIGHT, Limit
 from .method import Method, squared
 from .prediction import column, consistency_function, noised, predict
 
@@ -41,6 +42,14 @@ class ScoreDistillation(Method):
     gan_fake: float = 1e-2
     at: str | None = None
 
+    limits: ClassVar[dict[str, Limit]] = {
+        "init_rho": POSITIVE,
+        "jumps": COUNT,
+        "t_low": SHARE,
+        "t_high": SHARE,
+        "gan": WEIGHT,
+        "gan_fake": WEIGHT,
+    }
     converts: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 3e-4
     betas: ClassVar[tuple[float, float]] = (0.0, 0.999)
@@ -69,10 +78,8 @@ class ScoreDistillation(Method):
             raise ValueError(
                 f"init_rho={self.init_rho} must be a noise level of the process: ({low:g}, {high:g}]"
             )
-        if not 0 <= self.t_low < self.t_high <= 1:
-            raise ValueError(f"t_low={self.t_low}, t_high={self.t_high}: need 0 <= t_low < t_high <= 1")
-        if self.jumps < 1:
-            raise ValueError(f"jumps={self.jumps}: at least 1 is needed")
+        if self.t_low >= self.t_high:
+            raise ValueError(f"t_low={self.t_low}, t_high={self.t_high}: need t_low < t_high")
         self.t_init = float(process.snap(process.t_of_rho(self.init_rho)))
         self.times = grids.make("angle", process, self.jumps, start=self.t_init, end="zero")
         self.nets["fake"] = self.fake()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .batch import Batch
+from .limits import DECAY, Limit
 from .method import Method, follow, squared
 from .prediction import column, known_fraction, noised, predict
 from .teacher import teacher_step
@@ -85,12 +86,16 @@ class Shortcut(StepSized):
     bootstrap: float = 0.75
     target_decay: float = 0.9
 
+    limits: ClassVar[dict[str, Limit]] = {
+        "finest": Limit(2, whole=True),
+        "bootstrap": Limit(0, 1, above=True, below=True),
+        "target_decay": DECAY,
+    }
+
     def build(self) -> None:
         super().build()
-        if self.finest < 2 or self.finest & (self.finest - 1):
+        if self.finest & (self.finest - 1):
             raise ValueError(f"finest={self.finest}: a power of two from 2 on is needed")
-        if not 0 < self.bootstrap < 1:
-            raise ValueError(f"bootstrap={self.bootstrap} must lie in (0, 1)")
         self.adapt({})
         self.nets["target"] = self.copy_of("student")
 

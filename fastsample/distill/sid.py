@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from .batch import Batch
+from .limits import Limit
 from .prediction import predict
 from .score import ScoreDistillation
 
@@ -24,6 +26,8 @@ class SiD(ScoreDistillation):
     """
 
     alpha: float = 1.2
+
+    limits: ClassVar[dict[str, Limit]] = {"alpha": Limit()}
 
     def roles(self, step: int) -> tuple[str, ...]:
         return ("fake", "student")

@@ -8,6 +8,8 @@ import json
 import logging
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,6 +29,7 @@ from .checkpoint import Checkpoints
 from .data import Data, as_data
 from .ema import Averages, PowerAverages
 from .evaluation import Best, Evaluation, weights
+from .limits import COUNT, DECAY, POSITIVE, WEIGHT, Limit, check
 from .method import Method
 from .student import Student
 from .weights import duplicate, load_own, own_parameters, own_state
@@ -36,6 +39,16 @@ log = logging.getLogger(__name__)
 _LOG = "log.jsonl"
 _RUN = "run.json"
 _SCHEDULES = ("cosine", "constant")
+_OPTIONAL = Limit(1, whole=True, optional=True)
+_LIMITS = {
+    **dict.fromkeys(("steps", "batch_size", "samples", "final_samples", "log_every", "keep"), COUNT),
+    **dict.fromkeys(("micro_batch", "evaluate_every", "save_every"), _OPTIONAL),
+    **dict.fromkeys(("warmup", "workers"), Limit(0, whole=True)),
+    "learning_rate": Limit(0, above=True, optional=True),
+    "weight_decay": WEIGHT,
+    "clip": POSITIVE,
+    "seed": Limit(whole=True),
+}
 
 
 @dataclass
@@ -55,7 +68,8 @@ class Trainer:
         batch_size: samples of an update, over all processes.
         micro_batch: samples at once on one process; by default all of its share. Halved when memory runs out.
         learning_rate, betas, schedule: of AdamW; by default the method's. "cosine" falls to zero.
-        weight_decay, warmup, clip: decoupled decay, updates of linear warm-up, largest norm of the gradient.
+        weight_decay, warmup, clip: decoupled decay, updates of linear warm-up, largest norm of the gradient (inf
+            clips nothing).
         ema: decays of the averages of the student's weights; the best by the metric is the student.
         power_ema: relative widths of power-function averages whose snapshots allow any other width afterwards
             (:func:`fastsample.distill.ema.reconstructed`); written every ``evaluate_every`` updates.
@@ -65,7 +79,8 @@ class Trainer:
         evaluate_every: updates between evaluations; by default a tenth of the training.
         samples: of an evaluation.
         final_samples: of the last one, which the model card reports.
-        save_every: updates between checkpoints; by default as evaluate_every.
+        save_every: updates between checkpoints; by default as evaluate_every. One process that is interrupted
+            (Ctrl-C, SIGTERM) ends the update it is in and writes one more.
         keep: checkpoints kept.
         log_every: updates between lines of the log.
         workers: processes that read a dataset.
@@ -107,25 +122,16 @@ class Trainer:
             raise TypeError(
                 f"method is a {type(self.method).__name__}; give one of fastsample.distill, such as Shortcut(teacher)"
             )
-        for name in ("steps", "batch_size", "log_every", "keep"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-        for name in ("micro_batch", "evaluate_every", "save_every"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1, or None")
+        check(self, _LIMITS)
         if self.precision not in ("no", "fp16", "bf16"):
             raise unknown("precision", self.precision, ("no", "fp16", "bf16"))
         self.learning_rate = self.method.learning_rate if self.learning_rate is None else self.learning_rate
-        self.betas = tuple(self.betas or self.method.betas)  # type: ignore[assignment]
+        self.betas = _decays("betas", self.method.betas if self.betas is None else self.betas, 2)  # type: ignore[assignment]
+        self.ema, self.power_ema = _decays("ema", self.ema), tuple(self.power_ema)
+        _check_device(self.device)
         self.schedule = self.schedule or self.method.schedule
         if self.schedule not in _SCHEDULES:
             raise unknown("schedule", self.schedule, _SCHEDULES)
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate!r} must be positive")
-        if not self.clip > 0:
-            raise ValueError(f"clip={self.clip!r} must be positive; math.inf clips nothing")
         tenth = max(1, self.steps // 10)
         self.evaluate_every = self.evaluate_every or tenth
         self.save_every = self.save_every or self.evaluate_every
@@ -292,7 +298,6 @@ class _Run:
         self.micro = min(self.share, trainer.micro_batch or self.share)
         self.identity = self._identity()
         method.begin(trainer.steps)
-        self._claim()
         for net in method.nets.values():
             net.to(self.device)
         self.averages = Averages(method.nets["student"], trainer.ema)
@@ -321,6 +326,9 @@ class _Run:
             trainer.metric, trainer.samples, trainer._data, self.device, decode=method.teacher.decode
         )
         self.step = 0
+        self.stopped: int | None = None
+        self.dtype = _state_dtype(method.nets["student"])
+        self._claim()  # once nothing is left that could be refused
         self._restore()
 
     def _shard_others(self) -> None:
@@ -366,9 +374,17 @@ class _Run:
         """Make the folder ours, or refuse it when it holds another training."""
         file = self.folder / _RUN
         own = json.loads(json.dumps(self.identity, default=str))
-        if file.exists():
-            other = json.loads(file.read_text())
-            why = Probe.from_dict(own.pop("teacher")).differs(Probe.from_dict(other.pop("teacher")))
+        # a training that never came to a checkpoint is nobody's
+        if file.exists() and (self.checkpoints.steps() or (self.folder / "student.json").exists()):
+            try:
+                other = json.loads(file.read_text())
+                before = Probe.from_dict(other.pop("teacher"))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{file} is damaged ({error!r}): it says whose the checkpoints beside it are; delete it to go on "
+                    "with these settings"
+                ) from error
+            why = Probe.from_dict(own.pop("teacher")).differs(before)
             if differences := _different(other, own) + ([] if why is None else [f"teacher: {why}"]):
                 raise ValueError(
                     f"{self.folder} holds another training: {'; '.join(differences)}; give another folder, or the "
@@ -406,6 +422,15 @@ class _Run:
             for name, net in self.power.nets.items():
                 self._load(net, state["power"][name])
         self.best.load_state_dict(state["best"])
+        self.method.load_state_dict(state["method"])
+        if self.main and self.best.value is not None and self.best.load() is None:
+            log.warning(
+                "%s is not the one of the checkpoint (damaged, or of a later update); the best is chosen anew from "
+                "step %d on",
+                self.best.file,
+                self.step,
+            )
+            self.best.forget()
         if (scaler := self.accelerator.scaler) is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         self._truncate(self.step)
@@ -446,6 +471,7 @@ class _Run:
             "ema": {name: self._state(net) for name, net in self.averages.nets.items()},
             "power": {} if self.power is None else {k: self._state(v) for k, v in self.power.nets.items()},
             "best": self.best.state_dict(),
+            "method": self.method.state_dict(),
             "scaler": {} if scaler is None else scaler.state_dict(),
         }
         if self.main:
@@ -464,6 +490,7 @@ class _Run:
         batches = trainer._data.batches(indices, self.device, self.seed, trainer.workers)
         started, first = time.perf_counter(), self.step
         with (
+            self._stopping(),
             _bar(trainer, self.main, self.step) as tick,
             _Log(self.folder) if self.main else nullcontext() as lines,
         ):
@@ -471,13 +498,13 @@ class _Run:
                 batch = Batch(
                     index,
                     method.sample_shape,
-                    x,
+                    x.to(self.dtype),
                     conditions,
                     self.seed,
                     self.step,
                     trainer.batch_size,
                     self.device,
-                    x.dtype,
+                    self.dtype,
                 )
                 losses = self._update(batch)
                 method.after_update(self.step)
@@ -494,8 +521,39 @@ class _Run:
                     measured = self._evaluate()
                     if lines is not None and measured:
                         lines.write(self.step, measured, {})
-                if self.step % trainer.save_every == 0 or self.step == trainer.steps:  # type: ignore[operator]
+                due = self.step % trainer.save_every == 0 or self.step == trainer.steps  # type: ignore[operator]
+                if due or self.stopped is not None:
                     self._save()
+                if self.stopped is not None:
+                    log.warning(
+                        "stopped at step %d of %d; the same command goes on", self.step, trainer.steps
+                    )
+                    raise (
+                        KeyboardInterrupt if self.stopped == signal.SIGINT else SystemExit(128 + self.stopped)
+                    )
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """An interruption waits for the end of the update; a second one does not."""
+        if self.world > 1 or threading.current_thread() is not threading.main_thread():
+            yield  # processes that are told at different updates would wait for each other
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def put_back() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def stop(number: int, frame: Any) -> None:
+            self.stopped = number
+            put_back()
+
+        for number in before:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            put_back()
 
     def _update(self, batch: Batch) -> dict[str, float]:
         """One update of each of the step's roles."""
@@ -653,6 +711,13 @@ class _Run:
 
         trainer, folder = self.trainer, self.folder
         self.accelerator.wait_for_everyone()
+        if self._agreed(self.main and self.best.load() is None):
+            log.warning(
+                "%s is not the one that was written; the student is the end of the training", self.best.file
+            )
+            self.best.forget()
+            self._evaluate()
+            self.accelerator.wait_for_everyone()
         net = duplicate(next(iter(self.averages.nets.values())) if self.spare is None else self.spare)
         load_own(net, load_file(self.best.file))
         student = self.student(net.eval())
@@ -691,6 +756,31 @@ class _Run:
         }
         student.save(folder)
         return student
+
+
+def _state_dtype(net: nn.Module) -> torch.dtype:
+    """Of the states that a network is trained on: double where it is, else single precision."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in net.parameters()) else torch.float32
+
+
+def _decays(name: str, values: Any, count: int | None = None) -> tuple[float, ...]:
+    """Numbers in [0, 1)."""
+    several = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+    if not several or (count or len(values)) != len(values) or not all(DECAY.holds(v) for v in values):
+        example = "(0.9, 0.99)" if count == 2 else "(0.99, 0.999)"
+        raise ValueError(f"{name}={values!r}: give {count or 'some'} numbers in [0, 1), such as {example}")
+    return tuple(values)
+
+
+def _check_device(device: Any) -> None:
+    if device == "auto":
+        return
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r}: give 'auto', 'cpu' or 'cuda'") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: this machine has no CUDA device; use device='cpu'")
 
 
 def _methods() -> dict[str, tuple[str, str]]:

@@ -210,8 +210,10 @@ class UNet(nn.Module):
         """
         if x.shape[1:] != self.sample_shape:
             raise ValueError(f"x has shape {tuple(x.shape)}, the network takes [B, {self.sample_shape}]")
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
-        emb = self.time_mlp(timestep_embedding(t * self.time_scale, self.channels))
+        # half precision would not tell 998 from 1,000
+        precise = torch.promote_types(x.dtype, torch.float32)
+        t = torch.as_tensor(t, dtype=precise, device=x.device).expand(len(x))
+        emb = self.time_mlp(timestep_embedding(t * self.time_scale, self.channels).to(x.dtype))
         if self.label_emb is not None:
             if labels is None:
                 labels = torch.full((len(x),), self.label_emb.num_embeddings - 1, device=x.device)

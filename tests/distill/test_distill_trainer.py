@@ -26,7 +26,6 @@ import fastsample as fs
 from fastsample import distill
 from fastsample.distill.checkpoint import Checkpoints
 from fastsample.distill.ema import PowerAverages, gamma_of_std, weights_of
-from fastsample.distill.pairs import make_pairs
 from fastsample.errors import NonFiniteError
 from fastsample.zoo.data import digits
 from fastsample.zoo.mixture import MixtureNet, digits_mixture
@@ -495,17 +494,3 @@ def test_power_averages_and_their_reconstruction() -> None:
                 values.append(float(kept.weight))
     made = float((weights_of(keys, 400, 0.08) * torch.tensor(values, dtype=torch.float64)).sum())
     assert made == pytest.approx(float(direct.nets["0.08"].weight), abs=0.02 * float(path.std()))
-
-
-def test_pairs_of_another_teacher_are_refused(tmp_path: Path) -> None:
-    teacher, other = tiny_teacher(), tiny_teacher()
-    for denoiser in (teacher, other):
-        denoiser.net.eval()  # type: ignore[attr-defined]
-    with torch.no_grad():
-        next(other.net.parameters()).mul_(1.01)  # type: ignore[attr-defined]
-    first = make_pairs(teacher, "digits", 20, tmp_path, steps=2)
-    assert torch.equal(make_pairs(teacher, "digits", 20, tmp_path, steps=2).x0, first.x0)
-    with pytest.raises(ValueError, match="pairs with another plan; give another folder"):
-        make_pairs(teacher, "digits", 20, tmp_path, steps=3)
-    with pytest.raises(ValueError, match=r"pairs with another teacher \(its weights"):
-        make_pairs(other, "digits", 20, tmp_path, steps=2)
