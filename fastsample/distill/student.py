@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from ..denoiser import Denoiser, wrap
+from ..integrations.pipelines import Network
 from ..plan import Plan, write_atomically
 from ..process import from_description
 from ..sampler import Sampler
@@ -25,6 +27,7 @@ from .weights import load_own, own_state
 FORMAT = "fastsample.student"
 SCHEMA = 1
 _WEIGHTS, _CONFIG, _CARD = "model.safetensors", "student.json", "README.md"
+_MEANT_STEPS = ("step", "nfe", "num_steps", "num_inference_steps")
 
 
 @dataclass
@@ -59,7 +62,16 @@ class Student:
     def __call__(
         self, shape: Sequence[int] | None = None, *, steps: int | None = None, **settings: Any
     ) -> Any:
-        """Draw samples; settings are those of :class:`fastsample.Sampler`'s call (n, seed, conditions, ...)."""
+        """Draw samples; settings are those of :class:`fastsample.Sampler`'s call (n, seed, conditions, ...).
+
+        Raises:
+            TypeError: the number of steps under another name, which the network has no condition of.
+        """
+        for name in _MEANT_STEPS:
+            if name in settings and not _takes(self.denoiser.net, name):
+                raise TypeError(
+                    f"{name}={settings[name]!r} is no condition of the network; did you mean steps={settings[name]!r}?"
+                )
         return self.sampler(steps)(shape, **settings)
 
     def to(self, device: torch.device | str) -> Student:
@@ -108,6 +120,7 @@ class Student:
             "time_input": denoiser.time_input if isinstance(denoiser.time_input, str) else None,
             "learned_variance": denoiser.learned_variance,
             "sample_shape": denoiser.sample_shape,
+            "decoded": denoiser.decode is not None,
             "conditions": {k: v for k, v in denoiser.conditions.items() if _is_plain(v)},
             "solver": self.solver,
             "options": self.options,
@@ -150,20 +163,42 @@ class Student:
         ``load_lora_adapter(folder, prefix=None, use_safetensors=True)``.
 
         Raises:
-            ValueError: the network is not one of diffusers.
+            ValueError: the network is not one of diffusers, or has an adapter.
         """
-        net = self.denoiser.net
-        if not hasattr(net, "save_pretrained"):
+        whole: Any = self.denoiser.net
+        net, lora = _inside(whole), lora_of(whole) is not None
+        if isinstance(whole, Conditioned):
             raise ValueError(
-                f"the network is a {type(net).__name__}, which is not one of diffusers; load it by fs.load"
+                f"the network is told its {whole.name} by an adapter, which a diffusers folder of a "
+                f"{type(net).__name__} has no place for; load the student's own folder by fs.load"
             )
-        if lora_of(net) is None:
-            net.save_pretrained(folder)
+        if not hasattr(net, "save_lora_adapter" if lora else "save_pretrained"):
+            which = "whose LoRA weights diffusers reads" if lora else "of diffusers"
+            raise ValueError(
+                f"the network is a {type(net).__name__}, which is not one {which}; load it by fs.load"
+            )
+        if lora:
+            net.peft_config = whole.peft_config  # which peft leaves at the outermost module
+            net.save_lora_adapter(folder)
         else:
-            net.save_lora_adapter(folder)  # type: ignore[attr-defined]
+            net.save_pretrained(folder)
         for steps in self.steps:
             self.plan(steps).save(Path(folder) / f"plan-{steps}.json")
         return Path(folder)
+
+
+def _inside(net: Any) -> Any:
+    """A network without this package's adapters around it."""
+    while isinstance(net, (Conditioned, Network)):
+        net = net.net if isinstance(net, Conditioned) else net.module
+    return net
+
+
+def _takes(net: Any, name: str) -> bool:
+    """Whether a network has a condition; a number that an adapter tells is the plan's, not a caller's."""
+    inside = _inside(net)
+    parameters = inspect.signature(getattr(inside, "forward", inside)).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _shown(value: Any) -> str:
@@ -182,11 +217,14 @@ def architecture(net: Any) -> dict[str, Any] | None:
     """How a network is built again without its weights; None where it does not say.
 
     Understood are modules with their constructor's arguments in ``config`` (a mapping; diffusers models have
-    it), alone or with an adapter of this package.
+    it), alone, of a wrapped pipeline, or with an adapter of this package.
     """
     if isinstance(net, Conditioned):
         inner = architecture(net.net)
         return None if inner is None else {"adapter": adapter_of(net), "net": inner}
+    if isinstance(net, Network):
+        inner = architecture(net.module) if lora_of(net) is None else None
+        return None if inner is None else {"pipeline": inner}
     config = getattr(net, "config", None)
     if lora_of(net) is not None or not isinstance(config, Mapping):
         return None
@@ -210,6 +248,8 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     """
     if "adapter" in description:
         return Conditioned(build(description["net"]), **description["adapter"])
+    if "pipeline" in description:
+        return Network(build(description["pipeline"]))
     module, _, name = str(description["class"]).rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), name)
@@ -236,23 +276,12 @@ def _embedded(folder: Path, name: Any) -> Denoiser:
     return zoo.load(name)
 
 
-def load(
-    folder: str | Path, net: nn.Module | Denoiser | None = None, *, device: torch.device | str | None = None
-) -> Student:
-    """A student from its folder; every file is checked against the manifest first.
-
-    Args:
-        folder: as written by a trainer or :meth:`Student.save`.
-        net: a network of the student's architecture, where it cannot be built again by itself (it tells no
-            ``config``); or its teacher, of which a copy is taken. Its weights are replaced. LoRA students need
-            it, share its parameters and leave them as they are.
-        device: where to put it; by default the CPU, and LoRA students where their base is.
+def record(folder: str | Path) -> dict[str, Any]:
+    """What a student's folder says of it, ``student.json``; every file is checked against the manifest first.
 
     Raises:
-        ValueError: no student, a damaged file, or a network that cannot be built; the message says what to do.
+        ValueError: no student, or a damaged file; the message says what to do.
     """
-    from safetensors.torch import load as parse
-
     source = Path(folder)
     if not source.is_dir():
         raise ValueError(f"{source} is no folder; give that of a finished student")
@@ -266,6 +295,41 @@ def load(
         raise ValueError(
             f"{source / _CONFIG} is no student of this version (schema {SCHEMA}); upgrade fastsample"
         )
+    return config
+
+
+def stands_alone(config: Mapping[str, Any]) -> bool:
+    """Whether a student of this :func:`record` is loaded from its folder alone."""
+    return config["network"] is not None and config["time_input"] is not None
+
+
+def load(
+    folder: str | Path, net: nn.Module | Denoiser | None = None, *, device: torch.device | str | None = None
+) -> Student:
+    """A student from its folder; every file is checked against the manifest first.
+
+    Args:
+        folder: as written by a trainer or :meth:`Student.save`.
+        net: a network of the student's architecture, where it cannot be built again by itself (it tells no
+            ``config``); or its teacher, of which a copy is taken. Its weights are replaced. LoRA students need
+            it, share its parameters and leave them as they are.
+        device: where to put it; by default the CPU, and LoRA students where their base is.
+
+    Raises:
+        TypeError: ``net`` is neither a module nor a denoiser of one.
+        ValueError: no student, a damaged file, or a network that cannot be built; the message says what to do.
+    """
+    from safetensors.torch import load as parse
+
+    given = net.net if isinstance(net, Denoiser) else net
+    if given is not None and not isinstance(given, nn.Module):
+        what = f"a Denoiser of a {type(given).__name__}" if isinstance(net, Denoiser) else f"{given!r}"
+        raise TypeError(
+            f"net= is {what}; give a torch.nn.Module, or the teacher as a Denoiser of one: "
+            'fs.load(folder, fs.zoo.load("digits"))'
+        )
+    source = Path(folder)
+    config = record(source)
     lora = config.get("lora")
     if lora is not None and net is None:
         net = _embedded(source, config["training"].get("teacher"))
@@ -283,8 +347,9 @@ def load(
             )
         device, net = place, again(net, lora)
     adapter = config["adapter"]
-    if adapter is not None and isinstance(net, nn.Module) and not isinstance(net, Conditioned):
-        net = Conditioned(net, **adapter)
+    if adapter is not None and isinstance(net, nn.Module):
+        own = isinstance(net, Conditioned) and net.name == adapter["name"]
+        net = net if own else Conditioned(net, **adapter)
     if net is None:
         if config["network"] is None:
             raise ValueError(
@@ -315,6 +380,8 @@ def load(
         learned_variance=config["learned_variance"],
         conditions=config["conditions"],
         sample_shape=config["sample_shape"],
+        encode=teacher.encode if teacher else None,
+        decode=teacher.decode if teacher else None,
     )
     return Student(
         denoiser,

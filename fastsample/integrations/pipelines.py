@@ -82,12 +82,14 @@ def accelerate(
     """Make a diffusers pipeline sample in few steps, in place; a network gets the fused kernels.
 
     Args:
-        pipe: a diffusers pipeline, or an ``nn.Module`` (kernels only).
+        pipe: a diffusers pipeline; or an ``nn.Module``, a student, a sampler or a denoiser, whose network gets the
+            kernels and nothing else.
         solver: a solver's name; None keeps the pipeline's own scheduler.
         steps: the number of evaluations of calls that give no ``num_inference_steps``; a number in the call
             wins. None keeps the pipeline's own default.
         kernels: put ``fastsample_kernels`` into the network.
-        plan: a plan (tuned, say) or its file, instead of solver and steps.
+        plan: a plan or its file, instead of solver and steps: a tuned one, or ``student.plan(1)`` where the
+            pipeline's network is the student's.
         grid, end, quantize: as for :class:`fastsample.integrations.diffusers.PlanScheduler`.
         guidance: the guidance scale that "auto" chooses by; by default that of each call.
         options: the solver's own.
@@ -96,12 +98,17 @@ def accelerate(
         A handle: print it, ``handle.plan``, ``handle.evaluations``, ``handle.undo()``.
 
     Raises:
-        TypeError: neither a pipeline nor a network.
+        TypeError: neither a pipeline nor something with a network that is a module.
         ValueError: a scheduler that is not understood, or settings that cannot be used.
     """
+    pipe = _patchable(pipe)
     if hasattr(pipe, _HANDLE):
         unaccelerate(pipe)
     if isinstance(pipe, nn.Module):
+        if plan is not None:
+            raise ValueError(
+                "plan= is for pipelines; a network samples with a plan by fs.Sampler(denoiser, plan=...)"
+            )
         handle = Accelerated(pipe)
         _patch(handle, pipe)
         vars(pipe)[_HANDLE] = handle
@@ -109,7 +116,8 @@ def accelerate(
     scheduler: Any = getattr(pipe, "scheduler", None)
     if not hasattr(scheduler, "config") or not callable(pipe):
         raise TypeError(
-            f"pipe is a {type(pipe).__name__}; give a diffusers pipeline (with a scheduler) or an nn.Module"
+            f"pipe is a {type(pipe).__name__}; give a diffusers pipeline (with a scheduler), an nn.Module, or a "
+            "student or denoiser of one"
         )
     handle = Accelerated(pipe, steps)
     network = network_of(pipe)
@@ -118,6 +126,11 @@ def accelerate(
 
         if plan is not None:
             table = plan if isinstance(plan, Plan) else Plan.load(plan)
+            if any(row.sized for row in table.rows):
+                raise ValueError(
+                    f"the plan of {table.solver!r} tells the network its step, which a pipeline cannot; call the "
+                    "student itself, or distil by a method without it (such as consistency)"
+                )
             handle.steps = table.nfe
             chosen = PlanScheduler.from_config(scheduler.config, plan=table)
         else:
@@ -151,10 +164,17 @@ def unaccelerate(pipe: Any) -> None:
     Raises:
         ValueError: it was not accelerated.
     """
+    pipe = _patchable(pipe)
     handle = getattr(pipe, _HANDLE, None)
     if handle is None:
         raise ValueError(f"this {type(pipe).__name__} was not accelerated")
     handle.undo()
+
+
+def _patchable(pipe: Any) -> Any:
+    """The network of a student, a sampler or a denoiser; all else as it is."""
+    denoiser = getattr(pipe, "denoiser", pipe)
+    return denoiser.net if isinstance(denoiser, Denoiser) else pipe
 
 
 def network_of(pipe: Any) -> nn.Module:

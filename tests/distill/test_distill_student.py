@@ -109,6 +109,27 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
     torch.testing.assert_close(fs.load(tmp_path, teacher)(n=2, seed=0, steps=2), made)
     with pytest.raises(ValueError, match="the weights do not fit"):
         fs.load(tmp_path, Own(8))
+    with pytest.raises(TypeError, match=r"net= is 'digits'; give a torch.nn.Module, or the teacher"):
+        fs.load(tmp_path, "digits")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="net= is a Denoiser of a function; give"):
+        fs.load(tmp_path, teacher.replace(net=lambda x, t: x))
+
+
+def test_another_name_for_steps_is_asked_about(folder: Path) -> None:
+    """Also "step", which this network is told by its plan and would take from nobody else."""
+    for student in (fs.load(folder), Student(fs.zoo.load("digits"), "consistency")):
+        for name in ("step", "nfe", "num_steps", "num_inference_steps"):
+            with pytest.raises(
+                TypeError, match=f"{name}=1 is no condition of the network; did you mean steps=1"
+            ):
+                student(n=1, labels=[3], **{name: 1})
+
+    class Counted(Own):
+        def forward(self, x: Tensor, t: Tensor, nfe: Tensor | None = None) -> Tensor:
+            return super().forward(x, t) if nfe is None else 0 * x
+
+    own = Student(fs.wrap(Counted(), fs.Flow(), "x0", sample_shape=SHAPE), "consistency")
+    assert not own(n=1, nfe=torch.ones(1)).any()
 
 
 @pytest.mark.parametrize(
@@ -158,6 +179,48 @@ def test_exports_to_diffusers(tmp_path: Path) -> None:
     torch.testing.assert_close(fs.load(tmp_path / "run")(n=2, seed=0, steps=2), made)
     with pytest.raises(ValueError, match="not one of diffusers"):
         Student(tiny_teacher(), "ddim").export_diffusers(tmp_path / "no")
+    told = Student(teacher.replace(net=distill.Shortcut(teacher).nets["student"]), "shortcut")
+    with pytest.raises(
+        ValueError, match="is told its step by an adapter, which a diffusers folder of a UNet2DModel"
+    ):
+        told.export_diffusers(tmp_path / "no")
+
+
+def _pipeline() -> Any:
+    """A text-conditional pipeline, as far as ``fs.wrap`` looks at it."""
+    diffusers = pytest.importorskip("diffusers")
+    from types import SimpleNamespace
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16,), norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), layers_per_block=1,
+        cross_attention_dim=8, attention_head_dim=4, mid_block_type=None,
+    )  # fmt: skip
+    return SimpleNamespace(unet=unet, scheduler=diffusers.DDIMScheduler(clip_sample=False))
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["to_q", "to_k"]}], ids=["whole", "lora"])
+def test_the_student_of_a_wrapped_pipeline(lora: dict[str, Any] | None, tmp_path: Path) -> None:
+    """Its network is exported as the pipeline's own kind, and a whole one is loaded by itself."""
+    if lora is not None:
+        pytest.importorskip("peft")
+    pipe = _pipeline()
+    words = torch.randn(8, 5, 8, generator=torch.Generator().manual_seed(0))
+    data = {"x": torch.zeros(8, *SHAPE), "encoder_hidden_states": words}
+    teacher = fs.wrap(pipe)
+    method = distill.Consistency(teacher, prediction="eps", lora=lora)
+    student = distill.Trainer(method, data, steps=2, batch_size=4, device="cpu").fit(tmp_path / "run")
+    made = student(n=2, seed=0, steps=2, encoder_hidden_states=words[:2])
+    loaded = fs.load(tmp_path / "run") if lora is None else fs.load(tmp_path / "run", teacher)
+    torch.testing.assert_close(loaded(n=2, seed=0, steps=2, encoder_hidden_states=words[:2]), made)
+    exported = student.export_diffusers(tmp_path / "exported")
+    if lora is None:
+        pipe.unet = type(pipe.unet).from_pretrained(exported)
+    else:
+        pipe.unet.load_lora_adapter(str(exported), prefix=None, use_safetensors=True)
+    sampler = fs.Sampler(fs.wrap(pipe), plan=exported / "plan-2.json")
+    torch.testing.assert_close(sampler(n=2, seed=0, encoder_hidden_states=words[:2]), made)
 
 
 # -- adapters ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 import fastsample as fs
+from fastsample.distill.student import Student
 from fastsample.integrations.diffusers import PlanScheduler
 from fastsample.integrations.schedules import read
 
@@ -357,6 +359,30 @@ def test_a_plan_of_ones_own() -> None:
         KINDS["SD v"].run(pipe, num_inference_steps=7)
 
 
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_students_network_in_a_pipeline(from_file: bool, tmp_path: Path) -> None:
+    """Exported and put into the pipeline, it gives the student's own samples in one evaluation."""
+    pipe = tiny.ddpm()
+    x = torch.rand(8, 3, 8, 8, generator=generator()) * 2 - 1
+    trainer = fs.distill.Trainer(
+        fs.distill.Consistency(fs.wrap(pipe)), x, steps=2, batch_size=4, device="cpu"
+    )
+    student = trainer.fit(tmp_path / "student")
+    folder = student.export_diffusers(tmp_path / "exported")
+    pipe.unet = diffusers.UNet2DModel.from_pretrained(folder)
+    handle = fs.accelerate(pipe, plan=folder / "plan-1.json" if from_file else student.plan(1))
+    made = pipe(batch_size=2, output_type="np", generator=generator()).images
+    assert handle.evaluations == 1
+    own = student(noise=torch.randn(2, 3, 8, 8, generator=generator()), steps=1)
+    expected = (own / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(torch.as_tensor(made), expected, rtol=0, atol=2e-4)
+    fs.accelerate(pipe, plan=student.plan(4))
+    pipe(batch_size=2, output_type="np", generator=generator())
+    told = fs.solvers.build("shortcut", fs.VP.linear(), 2, prediction="eps")
+    with pytest.raises(ValueError, match="tells the network its step, which a pipeline cannot"):
+        fs.accelerate(pipe, plan=told)
+
+
 def test_one_object_a_run_is_safe_in_threads() -> None:
     kind = KINDS["SD v"]
     config = kind.make().scheduler.config
@@ -481,8 +507,11 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="has no option 'ordr'"):
         fs.accelerate(pipe, solver="exp_adams", ordr=3)
     assert pipe.scheduler is scheduler  # nothing half-done
-    with pytest.raises(TypeError, match="give a diffusers pipeline"):
-        fs.accelerate(object())
+    for nothing in (object(), fs.wrap(lambda x, t: x, fs.Flow(), "flow")):
+        with pytest.raises(TypeError, match=r"give a diffusers pipeline .* or a student or denoiser of one"):
+            fs.accelerate(nothing)
+    with pytest.raises(ValueError, match="plan= is for pipelines"):
+        fs.accelerate(pipe.unet, plan=fs.solvers.build("ddim", fs.VP.linear(), 2))
     with pytest.raises(ValueError, match="was not accelerated"):
         fs.unaccelerate(pipe)
     edm = diffusers.EDMEulerScheduler()
@@ -515,8 +544,27 @@ def test_kernels_and_solver_are_separate_choices() -> None:
     assert "group_norm + silu" in str(handle)
     torch.testing.assert_close(kind.run(pipe, num_inference_steps=3), before)
     handle.undo()
-    assert not any("forward" in vars(m) for m in pipe.unet.modules())
+    assert not any(hasattr(type(m), "_fastsample_base") for m in pipe.unet.modules())
     network = fs.accelerate(pipe.unet)
     assert network.kernels.replaced
     fs.unaccelerate(pipe.unet)
-    assert not any("forward" in vars(m) for m in pipe.unet.modules())
+    assert not any(hasattr(type(m), "_fastsample_base") for m in pipe.unet.modules())
+
+
+@pytest.mark.parametrize("kind", ["student", "student with an adapter", "sampler", "denoiser"])
+def test_the_network_of_a_student_gets_the_kernels(kind: str, tmp_path: Path) -> None:
+    denoiser = fs.zoo.load("digits")
+    if "adapter" in kind:
+        method = fs.distill.Shortcut(denoiser)
+        denoiser = method.denoiser().replace(net=method.nets["student"].eval().requires_grad_(False))
+    student = Student(denoiser, "shortcut" if "adapter" in kind else "consistency")
+    given = {"sampler": student.sampler(2), "denoiser": denoiser}.get(kind, student)
+    before = student(n=2, seed=0, steps=2, labels=[1, 2])
+    handle = fs.accelerate(given)
+    assert handle.kernels.replaced
+    torch.testing.assert_close(student(n=2, seed=0, steps=2, labels=[1, 2]), before)
+    loaded = fs.load(student.save(tmp_path))  # a patched network is saved as it was
+    torch.testing.assert_close(loaded(n=2, seed=0, steps=2, labels=[1, 2]), before, rtol=0, atol=1e-3)
+    fs.unaccelerate(given)
+    with pytest.raises(ValueError, match="was not accelerated"):
+        fs.unaccelerate(given)
