@@ -37,7 +37,9 @@ def distill(config: DistillConfig) -> Path:
                 raise ValueError(f"threads={config.threads}: at least 1 is needed")
             torch.set_num_threads(config.threads)
         device = resolve_device(config.device)
-        model = load_model(config.teacher, shape=config.shape, guidance=config.guidance, device=device)
+        model = load_model(
+            config.teacher, shape=config.shape, guidance=config.guidance, device=device, setting="teacher"
+        )
         teacher = model.denoiser.replace(sample_shape=model.shape)
         try:
             method = make_method(config.method, teacher)

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from fastsample.metrics.statistics import GROUPS
 from fastsample.noise import philox
 from fastsample.plan import Plan
 from fastsample.sampler import Sampler
+
+if TYPE_CHECKING:
+    from fastsample.distill.student import Student
 
 _LABELS = 0xFFFFFFFF  # noise stream of the labels; plans use 0 and their rows' numbers
 
@@ -56,8 +59,9 @@ def load_model(
     classes: int | None = None,
     guidance: float = 1.0,
     device: torch.device | str = "cpu",
+    setting: str = "model",
 ) -> Model:
-    """The model that ``model=`` names.
+    """The model that a setting names.
 
     Args:
         model: name of an embedded model, the folder of a student, or ``{"_target_": "module.function", ...}``
@@ -66,6 +70,7 @@ def load_model(
         classes: number of classes of a model that is not embedded.
         guidance: classifier-free guidance scale.
         device: where to put the network.
+        setting: what messages call the setting.
 
     Raises:
         ValueError: on an unknown name, a target that fails or returns something else, or a missing shape.
@@ -73,9 +78,7 @@ def load_model(
     described: Any
     null: dict[str, Any]
     if isinstance(model, str) and student_folder(model):
-        from fastsample.distill.student import load
-
-        student = load(model)
+        student = load_student(model, device=device)
         name, denoiser, described, null = model, student.denoiser, model, {}
         classes = student.training.get("classes") if classes is None else classes
     elif isinstance(model, str):
@@ -83,7 +86,7 @@ def load_model(
         from fastsample.zoo.data import NUM_CLASSES
 
         if model not in zoo.names():
-            raise unknown("model", model, zoo.names())
+            raise unknown(setting, model, zoo.names())
         name, denoiser = model, zoo.load(model)
         classes = NUM_CLASSES
         null = {"null": {"labels": NUM_CLASSES}}
@@ -98,15 +101,15 @@ def load_model(
         try:
             denoiser = instantiate(described)
         except InstantiationException as error:
-            raise ValueError(f"model._target_={name}: {error}") from error
+            raise ValueError(f"{setting}._target_={name}: {error}") from error
     else:
         raise ValueError(
-            f"model={model!r}: give the name of an embedded model, the folder of a student, or "
-            "model._target_=my.module.make_model"
+            f"{setting}={model!r}: give the name of an embedded model, the folder of a student, or "
+            f"{setting}._target_=my.module.make_model"
         )
     if not isinstance(denoiser, Denoiser):
         raise ValueError(
-            f"model={name} returned a {type(denoiser).__name__}; return a Denoiser: "
+            f"{setting}={name} returned a {type(denoiser).__name__}; return a Denoiser: "
             'fastsample.wrap(net, process, prediction="eps")'
         )
     if isinstance(denoiser.net, nn.Module):
@@ -118,7 +121,9 @@ def load_model(
         denoiser = denoiser.guided(guidance, **null)
     full = tuple(shape) if shape is not None else denoiser.sample_shape
     if full is None:
-        raise ValueError(f"shape: model={name} does not say the shape of a sample; give shape=[3,32,32], say")
+        raise ValueError(
+            f"shape: {setting}={name} does not say the shape of a sample; give shape=[3,32,32], say"
+        )
     image_shape = full
     if denoiser.decode is not None:
         image_shape = tuple(denoiser.decode(torch.zeros(1, *full, device=device)).shape[1:])
@@ -134,7 +139,53 @@ def load_model(
         "prediction": denoiser.prediction,
         "guidance": guidance,
     }
-    return Model(name, denoiser, full, classes, identity, image_shape)
+    return Model(name, denoiser.replace(sample_shape=full), full, classes, identity, image_shape)
+
+
+def load_student(
+    folder: str, base: Denoiser | None = None, *, device: torch.device | str | None = None
+) -> Student:
+    """A student from its folder, also one that cannot be loaded from it alone.
+
+    Args:
+        folder: of a finished student.
+        base: what a network that does not say how it is built is copied from; by default the teacher that the
+            folder names, which is made again (its ``_target_`` is called) and says how latents are decoded, too.
+        device: where to put it.
+
+    Raises:
+        ValueError: no such student, or a teacher that is not named or cannot be made; the message says what to do.
+    """
+    from fastsample.distill.student import load, record, stands_alone
+
+    said = record(folder)
+    alone = stands_alone(said)
+    if alone and (base is not None or not said.get("decoded")):
+        return load(folder, device=device)
+    which = "its teacher" if base is None else "model="
+    if base is None:
+        base = _teacher_of(folder, said, device or "cpu")
+    if alone:
+        student = load(folder, device=device)
+        student.denoiser = student.denoiser.replace(encode=base.encode, decode=base.decode)
+        return student
+    try:
+        return load(folder, base, device=device)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"student {folder}, whose network is a copy of that of {which}: {error}") from error
+
+
+def _teacher_of(folder: str, said: Mapping[str, Any], device: torch.device | str) -> Denoiser:
+    teacher = said["training"].get("teacher")
+    remedy = f"name its teacher, and the student as the solver: model=... solver={{student: {folder}}}"
+    if teacher is None:
+        raise ValueError(
+            f"{folder}: the student cannot be loaded without its teacher, which the folder does not name; {remedy}"
+        )
+    try:
+        return load_model(teacher, shape=said["sample_shape"], device=device, setting="teacher").denoiser
+    except ValueError as error:
+        raise ValueError(f"{folder}: the student's teacher cannot be made: {error}; {remedy}") from error
 
 
 def student_folder(model: Any) -> bool:
@@ -316,7 +367,7 @@ def make_sampler(denoiser: Denoiser, solver: Any, steps: int, grid: str | None, 
             raise ValueError(f"plan={solver['plan']} names {len(files)} files; give the one to use")
         return Sampler(denoiser, plan=files[0])
     if isinstance(solver, Mapping) and "student" in solver:
-        return student_sampler(denoiser, solver["student"], steps)
+        return student_samplers(denoiser, solver["student"], [steps])[0]
     from fastsample.bench import kdiffusion, peers
 
     options = {} if isinstance(solver, str) else dict(solver)
@@ -336,32 +387,37 @@ def make_sampler(denoiser: Denoiser, solver: Any, steps: int, grid: str | None, 
     return Sampler(denoiser, name, steps, **({"grid": grid, "end": end} | options))
 
 
-def student_sampler(denoiser: Denoiser, folder: Any, steps: int) -> Sampler:
-    """The sampler of a student, whose evaluations count like those of ``denoiser`` (its teacher).
+def student_samplers(denoiser: Denoiser, folder: Any, steps: Sequence[int] | None = None) -> list[Sampler]:
+    """The samplers of a student, whose evaluations count like those of ``denoiser`` (its teacher).
+
+    Args:
+        denoiser: the model beside it.
+        folder: of the student.
+        steps: numbers of steps; None: those it was made for.
 
     Raises:
-        ValueError: its samples have another shape.
+        ValueError: its samples have another shape, or its network is not the model's.
     """
     from fastsample.distill.checkpoint import MANIFEST, sha256
-    from fastsample.distill.student import load
+    from fastsample.distill.student import record
 
-    student = load(str(folder), device=denoiser.device)
-    shapes = denoiser.sample_shape, student.denoiser.sample_shape
+    folder = str(folder)
+    shape = record(folder)["sample_shape"]
+    shapes = denoiser.sample_shape, None if shape is None else tuple(shape)
     if None not in shapes and shapes[0] != shapes[1]:
         raise ValueError(f"student={folder} makes samples of shape {shapes[1]}, the model of {shapes[0]}")
+    base = None  # the model may be the student itself
+    if denoiser.source != folder:
+        counting = isinstance(denoiser.net, _CountedModule)
+        base = denoiser.replace(net=denoiser.net.net) if counting else denoiser  # type: ignore[attr-defined]
+    student = load_student(folder, base, device=denoiser.device)
     own = student.denoiser
     if isinstance(denoiser, _CountedDenoiser):
         own, _ = counted(own, denoiser._tally)
-    sampler = Sampler(own, plan=student.plan(steps))
-    sampler.identity = sha256(Path(str(folder)) / MANIFEST)
-    return sampler
-
-
-def student_steps(folder: Any) -> tuple[int, ...]:
-    """The numbers of steps that a student was made for."""
-    from fastsample.distill.student import load
-
-    return load(str(folder)).steps
+    samplers = [Sampler(own, plan=student.plan(k)) for k in (student.steps if steps is None else steps)]
+    for sampler in samplers:
+        sampler.identity = sha256(Path(folder) / MANIFEST)
+    return samplers
 
 
 class Tally:

@@ -45,7 +45,7 @@ from fastsample.bench.model import (
     resolve_device,
     solver_label,
     student_folder,
-    student_steps,
+    student_samplers,
 )
 from fastsample.bench.peers import PREFIX, FunctionSampler, Peer, installed
 from fastsample.bench.provenance import device_name, provenance
@@ -91,9 +91,9 @@ def _beside_its_teacher(config: BenchConfig) -> BenchConfig:
     """``model=`` a student's folder is its teacher with the student among the solvers."""
     if not student_folder(config.model):
         return config
-    from fastsample.distill.student import load
+    from fastsample.distill.student import record
 
-    teacher = load(config.model).training.get("teacher")
+    teacher = record(config.model)["training"].get("teacher")
     if teacher is None:
         raise ValueError(
             f"model={config.model} does not say who its teacher is; name it, and the student among the solvers: "
@@ -566,7 +566,7 @@ def _samplers(
             raise ValueError(f"plan={solver['plan']}: two of its plans have the same number of evaluations")
         return [samplers[nfe] for nfe in sorted(samplers)]
     if isinstance(solver, Mapping) and "student" in solver:
-        return [make_sampler(denoiser, solver, k, None, None) for k in student_steps(solver["student"])]
+        return list(student_samplers(denoiser, solver["student"]))
     made: dict[int, Any] = {}
 
     def make(steps: int) -> Any:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import fastsample as fs
 from fastsample import distill
+from fastsample.bench.model import load_model
+from fastsample.cli import main
 from fastsample.distill.adapters import Conditioned, time_embedding
 from fastsample.distill.student import Student
 from fastsample.process import from_description
@@ -113,6 +115,21 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
         fs.load(tmp_path, "digits")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="net= is a Denoiser of a function; give"):
         fs.load(tmp_path, teacher.replace(net=lambda x, t: x))
+
+
+def make_latent(own: bool = True) -> fs.Denoiser:
+    """A teacher whose samples are no images yet."""
+    torch.manual_seed(0)
+    net = Own() if own else UNet(8, 1, channels=8, multipliers=[1], patch=2, num_classes=None)
+    return fs.wrap(net, fs.Flow(), "flow", sample_shape=SHAPE, decode=torch.tanh)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_latent_student_decodes_as_its_teacher(own: bool, tmp_path: Path) -> None:
+    teacher = {"_target_": f"{__name__}.make_latent", "own": own}
+    Student(make_latent(own), "consistency", training={"teacher": teacher}).save(tmp_path)
+    assert fs.load(tmp_path, make_latent(own)).denoiser.decode is torch.tanh
+    assert load_model(str(tmp_path)).denoiser.decode is torch.tanh
 
 
 def test_another_name_for_steps_is_asked_about(folder: Path) -> None:
@@ -341,3 +358,103 @@ def test_wrong_settings_are_one_line(arguments: list[str], message: str, tmp_pat
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "new").exists()
+
+
+class Calm(Own):
+    """Its samples are images, nearly black."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x / t.to(x)[:, None, None, None] + 0.1 * super().forward(x, t)
+
+
+def make_own(width: int = 8) -> fs.Denoiser:
+    """The teacher for ``teacher._target_``."""
+    torch.manual_seed(0)
+    return fs.wrap(Calm(width), fs.Flow(), "flow", sample_shape=SHAPE)
+
+
+def make_small() -> fs.Denoiser:
+    """A model that does not say the shape of its samples."""
+    return make_own().replace(sample_shape=None)
+
+
+def make_noise() -> Tensor:
+    """The dataset for ``data._target_``."""
+    return torch.rand(16, *SHAPE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+TINY = (
+    f"teacher._target_={__name__}.make_own", "teacher.width=4", f"data._target_={__name__}.make_noise", "device=cpu",
+    "trainer.steps=2", "trainer.batch_size=4",
+)  # fmt: skip
+
+
+@pytest.fixture
+def keep_argv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", list(sys.argv))  # Hydra reads it, so main() sets it
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("keep_argv")
+@pytest.mark.parametrize("method", ["shortcut", "consistency"])
+def test_a_teacher_of_ones_own_on_the_command_line(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The network says nothing of how it is built: its recorded teacher is made again, or the model beside it taken."""
+    out, model = str(tmp_path / "student"), [f"model._target_={__name__}.make_own", "model.width=4"]
+    main(["distill", f"method={method}", *TINY, f"out={out}"])
+    images = f"out={tmp_path / 'images'}"
+    main(["sample", f"model={out}", "steps=1", "n=3", images])
+    by_itself = (tmp_path / "images" / "grid.png").read_bytes()
+    few = ("n=20", "nfe=[2]", "solvers=[ddim]", "reference.steps=4", "reference.n=5", "device=cpu")
+    main(["bench", f"model={out}", *few, f"out={tmp_path / 'bench'}"])
+    results = json.loads((tmp_path / "bench" / "results.json").read_text())
+    assert {("student", k) for k in (1, 2, 4)} <= {(c["solver"], c["nfe"]) for c in results["points"]}
+
+    def moved(**_: Any) -> Any:
+        raise AssertionError("the recorded teacher was made")
+
+    # the teacher lives elsewhere now
+    monkeypatch.setattr(sys.modules[__name__], "moved", make_own, raising=False)
+    monkeypatch.setattr(sys.modules[__name__], "make_own", moved)
+    with pytest.raises(ValueError, match="give net=, a network of the same architecture"):
+        fs.load(out)
+    model[0] = f"model._target_={__name__}.moved"
+    main(["sample", *model, f"solver={{student: {out}}}", "steps=1", "n=3", images])
+    assert (tmp_path / "images" / "grid.png").read_bytes() == by_itself
+    main(["bench", *model, *few, f"solvers=[ddim,{{student: {out}}}]", f"out={tmp_path / 'beside'}"])
+    said = fails(capsys, "sample", f"model={out}", "n=1", images)
+    assert f"the student's teacher cannot be made: teacher._target_={__name__}.make_own" in said
+    assert f"model=... solver={{student: {out}}}" in said
+    said = fails(capsys, "sample", model[0], "model.width=6", f"solver={{student: {out}}}", "n=1", images)
+    assert "whose network is a copy of that of model=" in said
+    assert "the weights do not fit" in said
+
+
+@pytest.mark.usefixtures("keep_argv")
+def test_a_student_without_a_named_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Student(make_own(), "consistency").save(tmp_path / "student")
+    said = fails(capsys, "sample", f"model={tmp_path / 'student'}", f"out={tmp_path / 'images'}")
+    assert "cannot be loaded without its teacher, which the folder does not name; name its teacher" in said
+
+
+@pytest.mark.usefixtures("keep_argv")
+@pytest.mark.parametrize("command", ["sample", "bench"])
+def test_a_student_of_another_shape_is_refused(
+    command: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is sampled; also where the model's shape is only given as a setting."""
+    solver = (
+        f"solver={{student: {folder}}}" if command == "sample" else f"solvers=[ddim,{{student: {folder}}}]"
+    )
+    model = f"model._target_={__name__}.make_small"
+    said = fails(capsys, command, model, "shape=[1,4,4]", solver, f"out={tmp_path / 'out'}")
+    assert f"student={folder} makes samples of shape (1, 8, 8), the model of (1, 4, 4)" in said
+    assert not (tmp_path / "out").exists()
