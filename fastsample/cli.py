@@ -56,6 +56,7 @@ fastsample distill method=shortcut teacher=digits out=runs/my-student
 fastsample distill method=ect trainer.steps=5000 trainer.batch_size=128 method.q=4
 fastsample bench model=runs/my-student nfe=[4,8,16]              # the student beside its teacher
 fastsample sample model=runs/my-student steps=1
+fastsample distill method._target_=my.module.MyMethod method.weight=2
 fastsample distill teacher._target_=my.module.make_model data=cifar10 evaluation.metric=fid trainer.precision=bf16
 accelerate launch -m fastsample.cli distill method=dmd2 ...      # several GPUs""",
     "report": """\
@@ -241,6 +242,7 @@ def _checked(command: str, arguments: Sequence[str]) -> list[str]:
 
     parser = OverridesParser.create()
     checked: list[str] = []
+    places: dict[str, int] = {}
     for previous, argument in zip(["", *arguments], arguments, strict=False):
         if argument.startswith("-") or previous in _FLAGS_WITH_VALUE:
             checked.append(argument)
@@ -256,6 +258,10 @@ def _checked(command: str, arguments: Sequence[str]) -> list[str]:
             inside_open = _check_key(command, key)
             plain = not (override.is_add() or override.is_force_add() or override.is_delete())
             checked.append(f"++{argument}" if inside_open and plain else argument)
+            places.setdefault(key, len(checked) - 1)
+    if "method._target_" in places and "method" not in places:
+        # the default method's settings are not those of one's own; beside it, as flags divide what Hydra reads
+        checked.insert(places["method._target_"], "~method")
     return checked
 
 

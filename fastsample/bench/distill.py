@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pkgutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,23 +71,47 @@ def distill(config: DistillConfig) -> Path:
 
 
 def make_method(settings: Any, teacher: Any) -> Any:
-    """A method from ``"shortcut"`` or ``{"name": "shortcut", "finest": 64}``.
+    """A method from ``"shortcut"``, ``{"name": "shortcut", "finest": 64}`` or ``{"_target_": "my.module.MyMethod"}``.
 
     Raises:
-        ValueError: an unknown method or setting; the message has the nearest one.
+        ValueError: an unknown method or setting (the message has the nearest one), or a target that is no method.
     """
     import dataclasses
 
     given = dict(settings) if isinstance(settings, Mapping) else {"name": settings}
     name = given.pop("name", None)
-    if name not in methods.METHODS:
+    if "_target_" in given:
+        target = given.pop("_target_")
+        if name is not None:
+            raise ValueError(
+                f"method={name} and method._target_={target}: give one of them (in a configuration file, "
+                "`override method: null` among its defaults takes the first away)"
+            )
+        name, kind = target, own_method(target)
+    elif name not in methods.METHODS:
         raise ValueError(f"method={name!r} is unknown; {nearest(name, methods.METHODS)}")
-    kind = getattr(methods, methods.METHODS[name][1])
+    else:
+        kind = getattr(methods, methods.METHODS[name][1])
     known = [f.name for f in dataclasses.fields(kind) if f.name not in ("teacher", "student")]
     for key in given:
         if key not in known:
             raise ValueError(f"method.{key} is no setting of {name}; {nearest(key, known)}")
     return kind(teacher, **given)
+
+
+def own_method(target: Any) -> type[methods.Method]:
+    """The class that ``method._target_=`` names.
+
+    Raises:
+        ValueError: there is none of this name, or it is no method.
+    """
+    try:
+        kind = pkgutil.resolve_name(str(target))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"method._target_={target} cannot be imported: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, methods.Method)):
+        raise ValueError(f"method._target_={target} is no subclass of fastsample.distill.Method")
+    return kind
 
 
 def make_data(config: DistillConfig) -> Any:

@@ -218,6 +218,7 @@ class TrainerConfig:
     batch_size: int = option(256, "Samples of an update, over all processes.")
     micro_batch: int | None = option(None, "Samples at once; null: all. Halved when memory runs out.")
     learning_rate: float | None = option(None, "Of AdamW; null: the method's.")
+    betas: list[float] | None = option(None, "Of AdamW, two numbers; null: the method's.")
     schedule: str | None = option(None, "cosine or constant; null: the method's.")
     weight_decay: float = option(0.0, "Decoupled weight decay.")
     warmup: int = option(100, "Updates of linear warm-up.")
@@ -250,7 +251,8 @@ class DistillConfig:
     method: Any = option(
         "consistency",
         "consistency, ict, ect, scm, shortcut, meanflow, progressive, reflow, knowledge, sid, dmd2 or lcm; its "
-        "own settings are method.NAME=VALUE (fastsample distill method=NAME --cfg job prints them).",
+        "own settings are method.NAME=VALUE (fastsample distill method=NAME --cfg job prints them). Or your own: "
+        "method._target_=my.module.MyMethod, a subclass of fastsample.distill.Method.",
     )
     teacher: Any = option(
         "digits",

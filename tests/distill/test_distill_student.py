@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -18,6 +19,8 @@ import fastsample as fs
 from fastsample import distill
 from fastsample.bench.model import load_model
 from fastsample.cli import main
+from fastsample.conf.schema import DistillConfig, EvaluationConfig, TrainerConfig
+from fastsample.distill import Batch
 from fastsample.distill.adapters import Conditioned, time_embedding
 from fastsample.distill.student import Student
 from fastsample.process import from_description
@@ -383,6 +386,19 @@ def make_noise() -> Tensor:
     return torch.rand(16, *SHAPE, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
+@dataclasses.dataclass
+class Weighted(distill.Method):
+    """A method for ``method._target_``: one setting of its own, and one that the default method has as well."""
+
+    weight: float = 1.0
+    intervals: int = 3
+
+    def objective(self, batch: Batch, role: str) -> Tensor:
+        t = self.time_of_angle(batch.uniform("t"))
+        error = self.predict("student", batch.normal("eps"), t, batch) - batch.data
+        return self.weight * error.flatten(1).square().mean(1)
+
+
 TINY = (
     f"teacher._target_={__name__}.make_own", "teacher.width=4", f"data._target_={__name__}.make_noise", "device=cpu",
     "trainer.steps=2", "trainer.batch_size=4",
@@ -458,3 +474,61 @@ def test_a_student_of_another_shape_is_refused(
     said = fails(capsys, command, model, "shape=[1,4,4]", solver, f"out={tmp_path / 'out'}")
     assert f"student={folder} makes samples of shape (1, 8, 8), the model of (1, 4, 4)" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("keep_argv")
+def test_a_method_of_ones_own_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "student")
+    own = f"method._target_={__name__}.Weighted"
+    main(["distill", own, "method.weight=2", *TINY, "trainer.betas=[0.5,0.9]", f"out={out}"])
+    student = fs.load(out, make_own(4))
+    assert student.method["name"] == "Weighted"
+    assert student.method["weight"] == 2
+    assert student.method["intervals"] == 3  # not the default method's
+    assert student.training["betas"] == [0.5, 0.9]
+    assert student(n=2, seed=0, steps=1).shape == (2, *SHAPE)
+    main(["sample", f"model={out}", "steps=1", "n=1", f"out={tmp_path / 'images'}"])
+    for arguments, message in (
+        (
+            [own, "method.wieght=2"],
+            "method.wieght is no setting of test_distill_student.Weighted; did you mean 'weight'",
+        ),
+        (
+            ["method=ect", own],
+            "method=ect and method._target_=test_distill_student.Weighted: give one of them",
+        ),
+        ([f"method._target_={__name__}.Own"], "Own is no subclass of fastsample.distill.Method"),
+        ([f"method._target_={__name__}.Nowhere"], "Nowhere cannot be imported: module"),
+        (["method._target_=no.such.Method"], "no.such.Method cannot be imported: No module named 'no'"),
+        (["teacher._target_=no.such.make"], "error: teacher._target_=no.such.make"),
+        (["trainer.betas=[0.9]"], "betas=[0.9]: give 2 numbers in [0, 1)"),
+    ):
+        assert message in fails(capsys, "distill", *TINY, *arguments, f"out={tmp_path / 'new'}")
+    # a file's settings come on top of the default method's, unless these are taken away
+    for defaults, refused in (
+        ("[distill, _self_]", True),
+        ("[distill, {override method: null}, _self_]", False),
+    ):
+        file = f"defaults: {defaults}\nmethod: {{_target_: {__name__}.Weighted, weight: 3}}\n"
+        (tmp_path / "mine.yaml").write_text(file)
+        arguments = [
+            "--config-dir",
+            str(tmp_path),
+            "--config-name",
+            "mine",
+            *TINY,
+            f"out={tmp_path / 'file'}",
+        ]
+        if refused:
+            assert "`override method: null` among its defaults" in fails(capsys, "distill", *arguments)
+        else:
+            main(["distill", *arguments])
+            assert fs.load(tmp_path / "file", make_own(4)).method["weight"] == 3
+
+
+def test_the_command_line_has_every_setting_of_the_trainer() -> None:
+    groups = (DistillConfig, TrainerConfig, EvaluationConfig)
+    known = {f.name for group in groups for f in dataclasses.fields(group)}
+    renamed = {"evaluate_every": "every"}
+    settings = {renamed.get(f.name, f.name) for f in dataclasses.fields(distill.Trainer)}
+    assert settings - known == {"progress"}
