@@ -15,6 +15,8 @@ from fastsample import distill as methods
 from fastsample.bench.errors import UserError, checking
 from fastsample.bench.model import load_model, resolve_device
 from fastsample.conf import DistillConfig
+from fastsample.distill.data import as_data
+from fastsample.distill.method import NO_SETTINGS
 from fastsample.distributed import rank_and_size
 from fastsample.errors import NonFiniteError, nearest
 from fastsample.zoo import MODELS
@@ -42,8 +44,11 @@ def distill(config: DistillConfig) -> Path:
             config.teacher, shape=config.shape, guidance=config.guidance, device=device, setting="teacher"
         )
         teacher = model.denoiser.replace(sample_shape=model.shape)
+        data = make_data(config)
+        data = data if data is None else as_data(data)
+        example = None if data is None else data.conditions(torch.arange(2), device)
         try:
-            method = make_method(config.method, teacher)
+            method = make_method(config.method, teacher, example)
         except TypeError as error:
             raise ValueError(str(error)) from error
         settings = dict(vars(config.trainer))
@@ -53,7 +58,7 @@ def distill(config: DistillConfig) -> Path:
             metric = own.metric if own is not None and config.data == "auto" else None
         trainer = methods.Trainer(
             method,
-            make_data(config),
+            data,
             **settings,
             seed=config.seed,
             metric=metric,
@@ -70,7 +75,7 @@ def distill(config: DistillConfig) -> Path:
     return Path(config.out)
 
 
-def make_method(settings: Any, teacher: Any) -> Any:
+def make_method(settings: Any, teacher: Any, example: Mapping[str, Any] | None = None) -> Any:
     """A method from ``"shortcut"``, ``{"name": "shortcut", "finest": 64}`` or ``{"_target_": "my.module.MyMethod"}``.
 
     Raises:
@@ -92,11 +97,11 @@ def make_method(settings: Any, teacher: Any) -> Any:
         raise ValueError(f"method={name!r} is unknown; {nearest(name, methods.METHODS)}")
     else:
         kind = getattr(methods, methods.METHODS[name][1])
-    known = [f.name for f in dataclasses.fields(kind) if f.name not in ("teacher", "student")]
+    known = [f.name for f in dataclasses.fields(kind) if f.name not in NO_SETTINGS]
     for key in given:
         if key not in known:
             raise ValueError(f"method.{key} is no setting of {name}; {nearest(key, known)}")
-    return kind(teacher, **given)
+    return kind(teacher, example_conditions=example, **given)
 
 
 def own_method(target: Any) -> type[methods.Method]:

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 AMPLIFICATION = 20.0
 """From this ``|dx_0 / dout|`` at the noisiest time on, students of eps-predicting teachers predict v."""
 _CONVERSION = 1000
-_NO_SETTINGS = ("teacher", "student", "example_conditions")
+NO_SETTINGS = ("teacher", "student", "example_conditions")
 
 
 @dataclass
@@ -310,7 +310,7 @@ class Method:
     def settings(self) -> dict[str, Any]:
         """The method's own settings, as JSON values."""
         fields = dataclasses.fields(self)
-        return {f.name: getattr(self, f.name) for f in fields if f.name not in _NO_SETTINGS}
+        return {f.name: getattr(self, f.name) for f in fields if f.name not in NO_SETTINGS}
 
     @contextmanager
     def training(self, role: str) -> Iterator[nn.Module]:

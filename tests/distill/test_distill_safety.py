@@ -259,3 +259,16 @@ def test_pairs_of_another_teacher_are_refused(tmp_path: Path) -> None:
 def test_method_settings_are_refused_early(name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         getattr(distill, name)(tiny_teacher(), **settings)
+
+
+def test_the_command_line_knows_what_a_network_needs(tmp_path: Path) -> None:
+    """Conditions of the data stand for those that a method runs the network with."""
+    from fastsample.bench.distill import make_method
+    from fastsample.distill.data import as_data
+
+    teacher = fs.wrap(Labelled(), fs.VP.linear(), "v", sample_shape=SHAPE)
+    example = as_data("digits").conditions(torch.arange(2), torch.device("cpu"))
+    method = make_method({"name": "shortcut", "finest": 4}, teacher, example)
+    assert "example_conditions" not in method.settings
+    with pytest.raises(ValueError, match="example_conditions"):
+        make_method("shortcut", teacher)
