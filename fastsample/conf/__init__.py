@@ -62,8 +62,9 @@ def register_methods() -> None:
     from hydra.core.config_store import ConfigStore
 
     from fastsample import distill
+    from fastsample.distill.method import NO_SETTINGS
 
     for name, (_, kind) in distill.METHODS.items():
         fields = dataclasses.fields(getattr(distill, kind))
-        settings = {f.name: f.default for f in fields if f.name not in ("teacher", "student", "total")}
+        settings = {f.name: f.default for f in fields if f.name not in (*NO_SETTINGS, "total")}
         ConfigStore.instance().store(group="method", name=name, node={"name": name, **settings})
