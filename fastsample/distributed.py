@@ -48,6 +48,32 @@ def device_of_rank() -> torch.device | None:
     return None if state is None else torch.device(state.device)
 
 
+def resolve_device(device: str) -> torch.device:
+    """``"auto"`` is CUDA where there is one; in a launched run, what the launcher gave to this process.
+
+    Raises:
+        ValueError: if the device does not exist here.
+    """
+    if device == "auto":
+        own = device_of_rank()
+        if own is not None:
+            return own
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r}: give 'auto', 'cpu' or 'cuda'") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={device!r} cannot be used here: this machine has no CUDA device; use device='cpu'"
+        )
+    try:
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {error}") from error
+    return resolved
+
+
 def summed(values: Tensor) -> Tensor:
     """The sum of a tensor over all processes, the same bits on each, on the tensor's own device."""
     where = device_of_rank()

@@ -122,7 +122,7 @@ def probe(denoiser: Denoiser, shape: tuple[int, ...], conditions: Mapping[str, A
             )
         outputs.append(_projections(out.double().cpu()))
     exact = hashlib.sha256(parts.encode()).hexdigest()[:16]
-    return Probe(exact, tuple(outputs), _TOLERANCE.get(_precision(denoiser), _TOLERANCE_FLOAT))
+    return Probe(exact, tuple(outputs), _TOLERANCE.get(denoiser.dtype, _TOLERANCE_FLOAT))
 
 
 def _projections(out: Tensor) -> tuple[float, ...]:
@@ -131,12 +131,3 @@ def _projections(out: Tensor) -> tuple[float, ...]:
     directions = normal((len(index), *out.shape[1:]), 0, index, _PROJECTION, dtype=torch.float64)
     values = directions.reshape(_DIRECTIONS, -1) @ out.flatten() / out.numel() ** 0.5
     return float(out.square().mean().sqrt()), *values.tolist()
-
-
-def _precision(denoiser: Denoiser) -> torch.dtype | None:
-    """That the network works in: what it is handed, or its weights'."""
-    if denoiser.dtype is not None:
-        return denoiser.dtype
-    if not isinstance(denoiser.net, torch.nn.Module):
-        return None
-    return next((p.dtype for p in denoiser.net.parameters()), None)

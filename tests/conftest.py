@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from hypothesis import HealthCheck, settings
 from tables import PROCESSES
@@ -19,3 +21,9 @@ settings.load_profile("steady")
 def process(request: pytest.FixtureRequest) -> fs.Process:
     """Each noise process in turn."""
     return PROCESSES[request.param]()
+
+
+@pytest.fixture
+def keep_argv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts ``sys.argv`` back: Hydra reads it, so ``main()`` sets it."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))

@@ -13,11 +13,11 @@ import torch
 
 from fastsample import distill as methods
 from fastsample.bench.errors import UserError, checking
-from fastsample.bench.model import load_model, resolve_device
+from fastsample.bench.model import load_model
 from fastsample.conf import DistillConfig
 from fastsample.distill.data import as_data
 from fastsample.distill.method import NO_SETTINGS
-from fastsample.distributed import rank_and_size
+from fastsample.distributed import rank_and_size, resolve_device
 from fastsample.errors import NonFiniteError, nearest
 from fastsample.zoo import MODELS
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from fastsample.denoiser import Bound, Denoiser
-from fastsample.distributed import device_of_rank
 from fastsample.errors import unknown
 from fastsample.metrics.statistics import GROUPS
 from fastsample.noise import philox
@@ -415,8 +414,9 @@ def student_samplers(denoiser: Denoiser, folder: Any, steps: Sequence[int] | Non
     if isinstance(denoiser, _CountedDenoiser):
         own, _ = counted(own, denoiser._tally)
     samplers = [Sampler(own, plan=student.plan(k)) for k in (student.steps if steps is None else steps)]
+    identity = sha256(Path(folder) / MANIFEST)
     for sampler in samplers:
-        sampler.identity = sha256(Path(folder) / MANIFEST)
+        sampler.identity = identity
     return samplers
 
 
@@ -476,22 +476,3 @@ def counted(denoiser: Denoiser, tally: Tally | None = None) -> tuple[Denoiser, T
     result = _CountedDenoiser(**(fields | {"net": counting}))
     object.__setattr__(result, "_tally", tally)  # a frozen dataclass
     return result, tally
-
-
-def resolve_device(device: str) -> torch.device:
-    """``"auto"`` is CUDA where there is one; in a launched run, what the launcher gave to this process.
-
-    Raises:
-        ValueError: if the device does not exist here.
-    """
-    if device == "auto":
-        own = device_of_rank()
-        if own is not None:
-            return own
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r} cannot be used here: {error}") from error
-    return resolved

@@ -42,7 +42,6 @@ from fastsample.bench.model import (
     load_model,
     make_sampler,
     plan_files,
-    resolve_device,
     solver_label,
     student_folder,
     student_samplers,
@@ -52,7 +51,7 @@ from fastsample.bench.provenance import device_name, provenance
 from fastsample.bench.results import RUN_SCHEMA
 from fastsample.conf import BenchConfig
 from fastsample.denoiser import as_conditions
-from fastsample.distributed import decided, rank_and_size, summed
+from fastsample.distributed import decided, rank_and_size, resolve_device, summed
 from fastsample.errors import NonFiniteError
 from fastsample.metrics import memorisation, rmse, to_uint8
 from fastsample.metrics.extractors import frechet_metrics

@@ -16,10 +16,10 @@ from fastsample.bench.model import (
     draw_labels,
     load_model,
     make_sampler,
-    resolve_device,
     student_folder,
 )
 from fastsample.conf import SampleConfig
+from fastsample.distributed import resolve_device
 from fastsample.errors import NonFiniteError
 from fastsample.metrics import to_uint8
 

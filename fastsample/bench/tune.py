@@ -16,9 +16,9 @@ from fastsample.bench.model import (
     check_names,
     draw_labels,
     load_model,
-    resolve_device,
 )
 from fastsample.conf import TuneConfig
+from fastsample.distributed import resolve_device
 from fastsample.errors import NonFiniteError
 from fastsample.metrics import FeatureExtractor, GroupedMoments, estimate, parse_metric, to_uint8
 from fastsample.metrics.frechet import RELIABLE_RATIO

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 WIDTH = 128
+# What a network raises on inputs or conditions that it cannot take; AttributeError: it looks into one that is None.
+REFUSALS = (TypeError, LookupError, RuntimeError, ValueError, AttributeError, AssertionError)
 _PROBES = 2
 
 
@@ -172,7 +174,7 @@ def outputs(net: nn.Module, x: Tensor, t: Tensor, conditions: Mapping[str, Any])
         for a, b in ((x, t), (x.flip(0) * 0.5 + 0.1, t), (x, t.flip(0))):
             with torch.no_grad(), _recording(net, seen):
                 net(a, b, **conditions)
-    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+    except REFUSALS as error:
         given = ", ".join(conditions) or "none"
         raise ValueError(
             f"the network cannot be run on two samples {tuple(x.shape)} (conditions: {given}): {error}; give what it "

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,12 +15,12 @@ from .consistency import ConsistencyModel
 from .draws import Draws
 from .limits import POSITIVE, WEIGHT, Limit
 from .method import squared
-from .prediction import column, predict, time_of_phi
-from .tangent import Tangent, check_width
+from .prediction import column, known_phi, predict, time_of_phi
+from .tangent import WithTangents
 
 
 @dataclass
-class SCM(ConsistencyModel):
+class SCM(WithTangents, ConsistencyModel):
     """sCM, algorithm 1: the consistency function's derivative along the teacher's (or the data's) trajectory.
 
     In TrigFlow's coordinates, of which any process is a scaled copy: angle ``phi = atan2(sigma, alpha)``, state
@@ -56,9 +55,7 @@ class SCM(ConsistencyModel):
     }
 
     def build(self) -> None:
-        self._tangent = Tangent(self.jvp)
-        self._tangent.check(self.denoiser("student"))
-        check_width(self.width)
+        self.begin_tangents()
         process = self.teacher.process
         low, high = (float(process.phi(t)) for t in (process.t_end, process.t_start))
         self.angles = (low, min(high, math.pi / 2 - 1e-4))  # the least and the largest that are trained
@@ -70,18 +67,10 @@ class SCM(ConsistencyModel):
             over *= self.whole
         return 1.0 if over <= 0 else min(1.0, max(0, step - self.conversion) / over)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"jvp": self._tangent.mode}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._tangent.mode = state["jvp"]
-
     def objective(self, batch: Batch, role: str) -> Tensor:
         process = self.teacher.process
         phi = torch.atan(torch.exp(self.p_mean + self.p_std * batch.gaussian("t", stratified=True)))
-        phi = phi.clamp(*self.angles)
-        if process.levels is not None:
-            phi = process.phi(process.snap(time_of_phi(process, phi)))
+        phi = known_phi(process, phi.clamp(*self.angles))
         t, rate = angle_to_time(process, phi)
         cos, sin = torch.cos(phi), torch.sin(phi)
         radius = torch.sqrt(process.alpha(t) ** 2 + process.sigma(t) ** 2)
@@ -142,9 +131,8 @@ class SCM(ConsistencyModel):
     def secant(self, z: Tensor, direction: Tensor, phi: Tensor, batch: Batch, draws: Draws) -> Tensor:
         """``dF/dphi`` from the two angles ``phi +- width`` of the trajectory, as far as these are trained."""
         process = self.teacher.process
-        angles = [(phi + turn).clamp(*self.angles) for turn in (self.width, -self.width)]
-        if process.levels is not None:
-            angles = [process.phi(process.snap(time_of_phi(process, angle))) for angle in angles]
+        ends = [(phi + turn).clamp(*self.angles) for turn in (self.width, -self.width)]
+        angles = [known_phi(process, end) for end in ends]
         values = []
         for angle in angles:
             # z and dz/dphi turn into each other while the clean sample and the noise stay

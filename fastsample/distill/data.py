@@ -183,7 +183,7 @@ class Data:
         else:
             place = torch.as_tensor(which, device=self.x.device)
             x, conditions = self.x[place], {k: v[place] for k, v in self._conditions.items()}
-        return x.to(device), {k: v.to(device) for k, v in conditions.items()}
+        return _on(device, x, conditions)
 
     def take(self, index: Tensor, device: torch.device, seed: int = 0) -> Item:
         """Samples and conditions of the global sample indices (B,)."""
@@ -193,9 +193,7 @@ class Data:
         else:
             which = shuffled(index, len(self), seed).to(self.x.device)
             x, conditions = self.x[which], {k: v[which] for k, v in self._conditions.items()}
-        return x.to(device, non_blocking=True), {
-            k: v.to(device, non_blocking=True) for k, v in conditions.items()
-        }
+        return _on(device, x, conditions)
 
     def conditions(self, index: Tensor, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
         """The conditions of the global sample indices (B,)."""
@@ -213,10 +211,7 @@ class Data:
             _Seeded(self, seed), batch_sampler=_Fixed(indices), num_workers=workers, collate_fn=_stacked
         )
         for x, conditions in loader:
-            yield (
-                x.to(device, non_blocking=True),
-                {k: v.to(device, non_blocking=True) for k, v in conditions.items()},
-            )
+            yield _on(device, x, conditions)
 
     def check_range(self, teacher: Denoiser, count: int = 64) -> None:
         """Ask the teacher whether samples without a negative value are of its own range, or were before [-1, 1].
@@ -231,8 +226,10 @@ class Data:
         Raises:
             ValueError: the teacher leaves less than half as much noise when they are mapped.
         """
+        from .prediction import state_dtype
+
         x, conditions = self.rows(range(min(count, len(self))), teacher.device)
-        x = x.to(torch.float64 if teacher.dtype == torch.float64 else torch.float32)
+        x = x.to(state_dtype(teacher.dtype))
         least, most = (float(v) for v in x.aminmax())
         if least < 0 or least == most:
             return
@@ -301,6 +298,13 @@ def _seeded(seed: int) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         torch.set_rng_state(torchs)
+
+
+def _on(device: torch.device, x: Tensor, conditions: Mapping[str, Tensor]) -> Item:
+    ahead = device.type != "cpu"  # the host would read what has not arrived
+    return x.to(device, non_blocking=ahead), {
+        k: v.to(device, non_blocking=ahead) for k, v in conditions.items()
+    }
 
 
 def _stacked(items: Sequence[Item]) -> Item:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .limits import DECAY
 from .method import move
 from .weights import duplicate, moving
+
+
+def as_decays(name: str, values: Any, count: int | None = None) -> tuple[float, ...]:
+    """Numbers in [0, 1)."""
+    several = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+    if not several or (count or len(values)) != len(values) or not all(DECAY.holds(v) for v in values):
+        example = "(0.9, 0.99)" if count == 2 else "(0.99, 0.999)"
+        raise ValueError(f"{name}={values!r}: give {count or 'some'} numbers in [0, 1), such as {example}")
+    return tuple(values)
 
 
 class Averages:
@@ -21,9 +32,7 @@ class Averages:
     """
 
     def __init__(self, net: nn.Module, decays: Sequence[float]) -> None:
-        if not decays or not all(0 <= d < 1 for d in decays):
-            raise ValueError(f"ema={tuple(decays)!r}: give decays in [0, 1), such as (0.99, 0.999)")
-        self.decays = tuple(decays)
+        self.decays = as_decays("ema", decays)
         self.nets = {str(d): duplicate(net).eval().requires_grad_(False) for d in self.decays}
         self.follow(net)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,13 +14,13 @@ from .draws import Draws
 from .limits import POSITIVE, SHARE, WEIGHT, Limit
 from .prediction import column, known_fraction, time_of_fraction
 from .shortcut import StepSized
-from .tangent import Tangent, check_width
+from .tangent import WithTangents
 
 TIMES = ("uniform", "logit_normal")
 
 
 @dataclass
-class MeanFlow(StepSized):
+class MeanFlow(WithTangents, StepSized):
     """The average velocity u over [r, t] by its identity ``u = v - (t - r) du/dt`` (eq. 6), algorithm 1.
 
     Args:
@@ -58,17 +57,9 @@ class MeanFlow(StepSized):
         if self.times not in TIMES:
             raise unknown("times", self.times, TIMES)
         self.adapt({})
-        self._tangent = Tangent(self.jvp)
-        self._tangent.check(self.denoiser("student"))
-        check_width(self.width)
+        self.begin_tangents()
         rho_min = float(self.teacher.process.rho(self.teacher.process.t_end))
         self.tau_min = rho_min / (1 + rho_min)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"jvp": self._tangent.mode}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._tangent.mode = state["jvp"]
 
     def objective(self, batch: Batch, role: str) -> Tensor:
         both = [self.tau_max * self.time(batch, name) for name in ("t", "r")]

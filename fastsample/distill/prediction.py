@@ -17,6 +17,11 @@ from ..process import Process
 _NONE = 1e-9  # a fraction that is zero noise
 
 
+def state_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """Of the states of a network in a precision: double for double, else single."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def column(values: Tensor, like: Tensor) -> Tensor:
     """One number a sample (B,), shaped and typed to multiply ``like`` (B, ...)."""
     return values.to(like.device, like.dtype, non_blocking=True).reshape(-1, *[1] * (like.ndim - 1))
@@ -46,6 +51,11 @@ def time_of_phi(process: Process, phi: Tensor) -> Tensor:
 def time_of_fraction(process: Process, tau: Tensor) -> Tensor:
     """Times at fractions ``sigma / (alpha + sigma)`` (B,): a straight flow's time, on any process."""
     return time_of_rho(process, tau / (1 - tau))
+
+
+def known_phi(process: Process, phi: Tensor) -> Tensor:
+    """The angles nearest to ``phi`` (B,) whose times the network knows."""
+    return phi if process.levels is None else process.phi(process.snap(time_of_phi(process, phi)))
 
 
 def known_fraction(process: Process, tau: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from ..distributed import decided
 from ..errors import unknown
 from ..prediction import coefficients
 from .draws import Draws
+from .limits import Limit
+from .method import Method
 from .prediction import column
 
 log = logging.getLogger(__name__)
@@ -26,18 +28,6 @@ _WHOLE_TIMES = (
     "the network knows whole times only, so its output has no derivative in time; use jvp='secant' (or 'auto'), or "
     "a method without derivatives (consistency, ect, shortcut)"
 )
-
-
-def check_width(width: float) -> None:
-    """
-    Args:
-        width: half of a secant, in a trajectory's angle or flow time.
-
-    Raises:
-        ValueError: a secant would be longer than the trajectory.
-    """
-    if not 0 < width < 0.5:
-        raise ValueError(f"width={width}: half of a secant lies in (0, 0.5)")
 
 
 class Tangent:
@@ -182,3 +172,29 @@ class Tangent:
             network(*(a + sign * h * b for a, b in zip(primals, tangents, strict=True))) for sign in (1, -1)
         )
         return network(*primals), (ahead - behind) / (2 * h)
+
+
+class WithTangents(Method):
+    """What methods share that need a derivative along the trajectory; ``jvp`` and ``width`` are among their settings.
+
+    How it is taken is decided once, and checkpoints keep it: another batch could decide otherwise.
+    """
+
+    limits: ClassVar[Mapping[str, Limit]] = {"width": Limit(0, 0.5, above=True, below=True)}
+    jvp: str
+    width: float
+
+    def begin_tangents(self) -> None:
+        """Once the student is there.
+
+        Raises:
+            ValueError: an unknown way, or one that the student's network does not allow.
+        """
+        self._tangent = Tangent(self.jvp)
+        self._tangent.check(self.denoiser("student"))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"jvp": self._tangent.mode}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._tangent.mode = state["jvp"]

@@ -21,15 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import select
+from ..distributed import resolve_device
 from ..errors import NonFiniteError, unknown
 from ..identity import Probe, probe
 from . import sharding
+from .adapters import REFUSALS
 from .batch import Batch
 from .checkpoint import Checkpoints
 from .data import Data, as_data
-from .ema import Averages, PowerAverages
+from .ema import Averages, PowerAverages, as_decays
 from .evaluation import Best, Evaluation, weights
-from .limits import COUNT, DECAY, POSITIVE, WEIGHT, Limit, check
+from .limits import COUNT, POSITIVE, WEIGHT, Limit, check
 from .method import Method
 from .student import Student
 from .weights import duplicate, load_own, own_parameters, own_state
@@ -126,9 +128,9 @@ class Trainer:
         if self.precision not in ("no", "fp16", "bf16"):
             raise unknown("precision", self.precision, ("no", "fp16", "bf16"))
         self.learning_rate = self.method.learning_rate if self.learning_rate is None else self.learning_rate
-        self.betas = _decays("betas", self.method.betas if self.betas is None else self.betas, 2)  # type: ignore[assignment]
-        self.ema, self.power_ema = _decays("ema", self.ema), tuple(self.power_ema)
-        _check_device(self.device)
+        self.betas = as_decays("betas", self.method.betas if self.betas is None else self.betas, 2)  # type: ignore[assignment]
+        self.ema, self.power_ema = as_decays("ema", self.ema), tuple(self.power_ema)
+        resolve_device(self.device)  # refused here, and not after the method has been moved
         self.schedule = self.schedule or self.method.schedule
         if self.schedule not in _SCHEDULES:
             raise unknown("schedule", self.schedule, _SCHEDULES)
@@ -170,7 +172,7 @@ class Trainer:
 
     def _check_conditions(self, data: Data) -> None:
         """Run the teacher once on data: a wrong condition is found before training, not after."""
-        from .prediction import predict
+        from .prediction import predict, state_dtype
 
         teacher = self.method.teacher
         extremes = data.extremes
@@ -178,20 +180,13 @@ class Trainer:
         given = [f"{k} from {ends[k][0]} to {ends[k][1]}" if k in ends else k for k in data.names]
         which = [0, min(1, len(data) - 1), *(i for pair in extremes.values() for i in pair)]
         x, conditions = data.rows(which, teacher.device)
-        x = x.to(torch.float64 if teacher.dtype == torch.float64 else torch.float32)
+        x = x.to(state_dtype(teacher.dtype))
         t = torch.full((len(x),), teacher.process.t_start, dtype=torch.float64)
         space = "eps" if teacher.prediction in ("eps", "score") else "v"
         try:
             with torch.no_grad():
                 predict(teacher, x, t, conditions, space).cpu()  # which waits for a device's own errors
-        except (
-            TypeError,
-            LookupError,
-            RuntimeError,
-            ValueError,
-            AttributeError,  # of a network that looks into a condition that is None
-            AssertionError,
-        ) as error:
+        except REFUSALS as error:
             reason = str(error) or type(error).__name__
             if self.data is None:
                 raise ValueError(
@@ -761,26 +756,6 @@ class _Run:
 def _state_dtype(net: nn.Module) -> torch.dtype:
     """Of the states that a network is trained on: double where it is, else single precision."""
     return torch.float64 if any(p.dtype == torch.float64 for p in net.parameters()) else torch.float32
-
-
-def _decays(name: str, values: Any, count: int | None = None) -> tuple[float, ...]:
-    """Numbers in [0, 1)."""
-    several = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
-    if not several or (count or len(values)) != len(values) or not all(DECAY.holds(v) for v in values):
-        example = "(0.9, 0.99)" if count == 2 else "(0.99, 0.999)"
-        raise ValueError(f"{name}={values!r}: give {count or 'some'} numbers in [0, 1), such as {example}")
-    return tuple(values)
-
-
-def _check_device(device: Any) -> None:
-    if device == "auto":
-        return
-    try:
-        kind = torch.device(device).type
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r}: give 'auto', 'cpu' or 'cuda'") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: this machine has no CUDA device; use device='cpu'")
 
 
 def _methods() -> dict[str, tuple[str, str]]:

@@ -12,7 +12,9 @@ operators, functions; the Triton functions are in ``_dit_kernels.py``.
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -467,7 +469,7 @@ def _check_norm(
 
 def _check_gated(
     x: Tensor,
-    branch: Tensor,
+    branch: Tensor | None,
     gate: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -756,53 +758,28 @@ def _said(name: str, reason: str | None, tiles: Tiles) -> str:
     return f"{name}: Triton, {tiles}" if reason is None else f"{name}: plain torch, because {reason}"
 
 
-def _explain_norm(name: str, x: Tensor, *tensors: Tensor | None) -> str:
+def _explain_norm(function: Callable[..., Any], norm: str, args: Any, kwargs: Any) -> str:
+    given = inspect.signature(function).bind(*args, **kwargs).arguments
+    x, branch, norm = given["x"], given.get("branch"), given.get("norm", norm)
+    others = {name: given.get(name) for name in ("gate", "weight", "bias", "scale", "shift")}
+    _check_gated(x, branch, norm=norm, **others)
     rows = row_tiles(x.shape[0], max(1, math.prod(x.shape[1:-1])), x.shape[-1])
-    return _said(name, supported(x, *tensors), rows)
+    return _said(function.__name__, supported(x, branch, *others.values()), rows)
 
 
 @runtime.explains("layer_norm")
-def _explain_layer_norm(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> str:
-    _check_norm(x, None, {"weight": weight, "bias": bias}, {"scale": scale, "shift": shift})
-    return _explain_norm("layer_norm", x, weight, bias, scale, shift)
+def _explain_layer_norm(*args: Any, **kwargs: Any) -> str:
+    return _explain_norm(layer_norm, "layer", args, kwargs)
 
 
 @runtime.explains("rms_norm")
-def _explain_rms_norm(
-    x: Tensor,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> str:
-    _check_norm(x, None, {"weight": weight}, {"scale": scale, "shift": shift})
-    return _explain_norm("rms_norm", x, weight, scale, shift)
+def _explain_rms_norm(*args: Any, **kwargs: Any) -> str:
+    return _explain_norm(rms_norm, "rms", args, kwargs)
 
 
 @runtime.explains("gated_residual_norm")
-def _explain_gated_residual_norm(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    norm: Norm = "layer",
-) -> str:
-    _check_gated(x, branch, gate, weight, bias, scale, shift, norm)
-    return _explain_norm("gated_residual_norm", x, branch, gate, weight, bias, scale, shift)
+def _explain_gated_residual_norm(*args: Any, **kwargs: Any) -> str:
+    return _explain_norm(gated_residual_norm, "layer", args, kwargs)
 
 
 @runtime.explains("norm_rope")

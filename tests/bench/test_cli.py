@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import fails
 from PIL import Image
 
 from fastsample.cli import main
@@ -22,17 +23,7 @@ def run(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProc
     )
 
 
-@pytest.fixture(autouse=True)
-def keep_argv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", list(sys.argv))  # Hydra reads it, so main() sets it
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        main(arguments)
-    assert exit.value.code == 2
-    return capsys.readouterr().err
+pytestmark = pytest.mark.usefixtures("keep_argv")
 
 
 @pytest.mark.parametrize(

@@ -87,3 +87,16 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     """The log without its timings."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def text_unet(channels: int) -> Any:
+    """A small text-conditional UNet of diffusers, for 8x8 samples and contexts of width 8."""
+    import pytest
+
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=channels, out_channels=channels, block_out_channels=(16,), norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), layers_per_block=1,
+        cross_attention_dim=8, attention_head_dim=4, mid_block_type=None,
+    )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_distill import SHAPE, tiny_teacher
+from helpers_distill import SHAPE, text_unet, tiny_teacher
 from torch import Tensor, nn
 
 import fastsample as fs
@@ -313,13 +313,7 @@ def test_wrong_lora_options_are_named() -> None:
 @needs_peft
 def test_a_pipelines_network(tmp_path: Path) -> None:
     """A text-conditional UNet of diffusers with an fp16 base: trained by LCM with LoRA, exported, and read back."""
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    net = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16,), norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), layers_per_block=1,
-        cross_attention_dim=8, attention_head_dim=4, mid_block_type=None,
-    )  # fmt: skip
+    net = text_unet(4)
     null = torch.zeros(1, 5, 8)
     guidance = fs.Guidance(7.5, null={"encoder_hidden_states": null})
     teacher = fs.wrap(
@@ -352,7 +346,7 @@ def test_a_pipelines_network(tmp_path: Path) -> None:
         )
         assert isinstance(student.denoiser.net, Conditioned) is told
     student.export_diffusers(tmp_path / "exported")
-    other = diffusers.UNet2DConditionModel.from_config(net.config)
+    other = type(net).from_config(net.config)
     other.load_state_dict(before)
     other.load_lora_adapter(str(tmp_path / "exported"), prefix=None, use_safetensors=True)
     denoiser = fs.wrap(other.eval(), fs.VP.scaled_linear(), "eps", quantize=True, sample_shape=(4, 8, 8))

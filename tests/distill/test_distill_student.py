@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_distill import SHAPE, tiny_teacher, tiny_trainer
+from commands import fails
+from helpers_distill import SHAPE, text_unet, tiny_teacher, tiny_trainer
 from torch import Tensor, nn
 
 import fastsample as fs
@@ -211,12 +212,7 @@ def _pipeline() -> Any:
     diffusers = pytest.importorskip("diffusers")
     from types import SimpleNamespace
 
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16,), norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), layers_per_block=1,
-        cross_attention_dim=8, attention_head_dim=4, mid_block_type=None,
-    )  # fmt: skip
+    unet = text_unet(1)
     return SimpleNamespace(unet=unet, scheduler=diffusers.DDIMScheduler(clip_sample=False))
 
 
@@ -403,19 +399,6 @@ TINY = (
     f"teacher._target_={__name__}.make_own", "teacher.width=4", f"data._target_={__name__}.make_noise", "device=cpu",
     "trainer.steps=2", "trainer.batch_size=4",
 )  # fmt: skip
-
-
-@pytest.fixture
-def keep_argv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", list(sys.argv))  # Hydra reads it, so main() sets it
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        main(arguments)
-    assert exit.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("keep_argv")
