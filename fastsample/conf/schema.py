@@ -192,7 +192,7 @@ class TuneConfig:
         "null: the error alone.",
     )
     match_weight: float = option(
-        1.0, "How much match= counts beside the error, both relative to the start's."
+        1.0, "How much match= counts beside the error, each relative to the best start's."
     )
     train: str | None = option(None, "Images for select= and match=, as in fastsample bench.")
     free: list[str] = option(["grid", "coefficients", "time"], "What is tuned.")

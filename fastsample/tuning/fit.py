@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,22 @@ def tune(
     return plans[steps] if isinstance(steps, int) else plans
 
 
+@dataclass(frozen=True)
+class _Start:
+    """Where a fit begins.
+
+    Attributes:
+        name, plan: the solver's.
+        least_square: the least squared error of the starts that competed, as a share of this one's.
+        least_moments: the least squares of ``match=`` among them.
+    """
+
+    name: str
+    plan: Plan
+    least_square: float
+    least_moments: float
+
+
 class _Fit:
     """One number of steps."""
 
@@ -419,14 +435,15 @@ class _Fit:
         began = time.perf_counter()
         if self.settings["relax"]:
             self._require_gradients()
-        name, chosen = self._start(steps, start, end)
+        begin_with = self._start(steps, start, end)
+        name, chosen = begin_with.name, begin_with.plan
         before = self.errors_of(chosen, self.unseen)
         # the scale from the training samples: held-out ones decide nothing but the selection
         scale = self.errors_of(chosen, self.training).median
         self.objective = replace(self.objective, c=2 * max(scale, 1e-9))
         if self.match is not None:
-            at_start = self.errors_of(chosen, self.training)
-            self.match_weight = self.match.weight * at_start.loss / max(at_start.moments or 0.0, 1e-30)
+            loss = self.errors_of(chosen, self.training).loss * begin_with.least_square
+            self.match_weight = self.match.weight * loss / begin_with.least_moments
         process = self.denoiser.process
         keys = ("history", "free", "constraints", "bound")
         self.table = Table(chosen, process, **{k: self.settings[k] for k in keys})
@@ -495,28 +512,40 @@ class _Fit:
             plan.save(self.folder / f"tuned-{steps}.json")
         return plan
 
-    def _start(self, steps: int, start: str | Plan | None, end: str | None) -> tuple[str, Plan]:
-        """The plan to begin with, of at most ``steps`` evaluations, and its name."""
+    def _start(self, steps: int, start: str | Plan | None, end: str | None) -> _Start:
+        """The plan to begin with, of at most ``steps`` evaluations."""
         if isinstance(start, Plan):
             plan = Sampler(self.denoiser, plan=start).plan  # checks that it fits the model
             if plan.nfe != steps:
                 raise ValueError(f"start= has {plan.nfe} evaluations, but steps={steps}")
-            return plan.solver, plan
+            return self._best({plan.solver: plan})
         auto = Sampler(self.denoiser, steps=steps, end=end).plan
         if start is not None:
-            if start == "auto":
-                return start, auto
-            return start, self._named_plan(start, steps, auto)
-        best, least = ("auto", auto), self.errors_of(auto, self.training).rmse
+            return self._best({start: auto if start == "auto" else self._named_plan(start, steps, auto)})
+        plans = {"auto": auto}
         for name in STARTS[1:]:
-            try:
-                plan = self._named_plan(name, steps, auto)
-            except ValueError:  # it has no plan of so few steps or on this process
-                continue
-            error = self.errors_of(plan, self.training).rmse
-            if error < least:
-                best, least = (name, plan), error
-        return best
+            with suppress(ValueError):  # it has no plan of so few steps or on this process
+                plans[name] = self._named_plan(name, steps, auto)
+        return self._best(plans)
+
+    def _best(self, plans: dict[str, Plan]) -> _Start:
+        """The plan with the least error, and with ``match`` the least sum of error and moments in units of the
+        least of each: the plan of the least error alone can be far from the data's moments, and a fit that
+        begins there ends farther from them.
+        """
+        found = {name: self.errors_of(plan, self.training) for name, plan in plans.items()}
+        square = max(min(e.rmse**2 for e in found.values()), 1e-30)
+        # what is not finite has no moments
+        moments = max(min((e.moments for e in found.values() if e.moments is not None), default=0.0), 1e-30)
+
+        def badness(name: str) -> float:
+            e = found[name]
+            if self.match is None or e.moments is None:
+                return e.rmse
+            return e.rmse**2 / square + self.match.weight * e.moments / moments
+
+        name = min(found, key=badness)
+        return _Start(name, plans[name], square / max(found[name].rmse ** 2, 1e-30), moments)
 
     def _named_plan(self, name: str, steps: int, auto: Plan) -> Plan:
         """A solver at ``steps`` evaluations, ending where ``auto`` ends."""

@@ -25,7 +25,8 @@ class Moments:
     Args:
         features: a function of samples (B, ...), with outputs (B, d).
         mean, cov: the data's (d,) and (d, d).
-        weight: how much the squares count beside the trajectories' error, both relative to the start's.
+        weight: how much the squares count beside the trajectories' squared error, each in units of the least that a
+            training-free solver has at that number of steps.
 
     Raises:
         ValueError: shapes that do not fit, more than 512 features, a weight that is not positive.

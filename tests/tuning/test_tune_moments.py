@@ -82,6 +82,19 @@ def test_a_matched_plan_has_the_moments() -> None:
     assert record["heldout_rmse"] < record["start_rmse"]
 
 
+def test_the_start_knows_of_the_moments() -> None:
+    """Where the data is as one solver's samples are, the fit begins with that solver, however large its error."""
+    denoiser = model()
+    coarse = features(fs.Sampler(denoiser, "ddim", 3)(n=4000, seed=5)).double()
+    settings = QUICK | {"trajectories": 512, "iterations": 1}
+    match = Moments(features, coarse.mean(0), torch.cov(coarse.T))
+    plain, matched = fs.tune(denoiser, 3, **settings), fs.tune(denoiser, 3, match=match, **settings)
+    assert plain.options["start"] != "ddim"
+    assert matched.options["start"] == "ddim"
+    slight = Moments(features, match.mean, match.cov, weight=1e-6)
+    assert fs.tune(denoiser, 3, match=slight, **settings).options["start"] == plain.options["start"]
+
+
 def test_what_cannot_be_matched_is_refused() -> None:
     target = gaussian(0)
     with pytest.raises(ValueError, match="use one of them"):
