@@ -66,6 +66,7 @@ class Run:
         callback: called after each evaluation.
         samples: which samples of the whole call these are.
         times: what :func:`times_of` gave, where that was called before.
+        draws: seed and sample indices of ``noise``, where it is :func:`philox_noise` and a kernel may draw it.
     """
 
     network: Bound
@@ -74,6 +75,7 @@ class Run:
     callback: Callback | None = None
     samples: slice = field(default_factory=lambda: slice(None))
     times: Times | None = None
+    draws: tuple[int, Tensor] | None = None
 
 
 def philox_noise(seed: int, index: Tensor) -> NoiseSource:
@@ -142,6 +144,24 @@ def x0_pairs(plan: Plan) -> tuple[tuple[float, float], ...]:
     return _cached(plan, "x0", lambda: tuple(pair(row, v) for row, v in rows))
 
 
+def conversions(plan: Plan, hooked: bool) -> tuple[list[tuple[float, float]], list[bool]]:
+    """``(p, q)`` of each row's ``m = p x + q out``, and whether hooks act there.
+
+    Where they do, ``out`` is the clean prediction that they changed.
+    """
+    pairs = [(v.p, v.q) for v in plan.values]
+    acts = [False] * len(pairs)
+    if hooked:
+        for r, (p0, q0) in enumerate(x0_pairs(plan)):
+            # Where x0 does not depend on the output (no noise), there is nothing that a hook could change.
+            if q0 != 0:
+                acts[r] = True
+                p, q = pairs[r]
+                # m as a function of the state and the changed clean prediction
+                pairs[r] = (p - q * p0 / q0, q / q0)
+    return pairs, acts
+
+
 def _compile(plan: Plan, owned: bool, hooked: bool) -> _Program:
     """Assigns states and predictions to as few buffers as their life times allow.
 
@@ -154,16 +174,7 @@ def _compile(plan: Plan, owned: bool, hooked: bool) -> _Program:
     same = [0]  # state -> the earliest state that it is a copy of
     for r, row in enumerate(rows):
         same.append(same[row.states[0]] if is_copy(row, values[r]) else r + 1)
-    pairs = [(v.p, v.q) for v in values]
-    acts = [False] * n
-    if hooked:
-        for r, (p0, q0) in enumerate(x0_pairs(plan)):
-            # Where x0 does not depend on the output (no noise), there is nothing that a hook could change.
-            if q0 != 0:
-                acts[r] = True
-                p, q = pairs[r]
-                # m as a function of the state and the changed clean prediction
-                pairs[r] = (p - q * p0 / q0, q / q0)
+    pairs, acts = conversions(plan, hooked)
     kept = {k for r, row in enumerate(rows) for k in row.predictions if r > k + 1}
     scale = {k: q if p and q else 1.0 for k, (p, q) in enumerate(pairs) if k in kept}
 
@@ -291,13 +302,12 @@ def execute(
         The last row's state, (B, ...).
     """
     program = _program(plan, owned, bool(run.hooks))
-    times, sizes = run.times or times_of(plan, run, x)
-    pairs = x0_pairs(plan) if run.hooks or run.callback else ()
+    times = run.times or times_of(plan, run, x)
     # The last entry is the newest output.
     buffers = [x, *(torch.empty_like(x, memory_format=_DENSE) for _ in range(program.buffers - 1)), x]
     own = {tensor.untyped_storage().data_ptr() for tensor in buffers}
     state, nfe = x, 0
-    for r, (row, v, line) in enumerate(zip(plan.rows, plan.values, program.lines, strict=True)):
+    for r, (row, line) in enumerate(zip(plan.rows, program.lines, strict=True)):
         for kind, dst, src, c, other in line.code:
             if kind == _ADD:
                 buffers[dst].add_(buffers[src], alpha=c)
@@ -314,26 +324,41 @@ def execute(
             trajectory.append(state.clone())
         if not row.evaluates:
             continue
-        rho = v.sigma / v.alpha if v.alpha else math.inf
-        out = run.network(state, times[r], rho, sizes[r] if row.sized else None)
         nfe += 1
-        if out.dtype != x.dtype:
-            out = out.to(x.dtype)
-        if not out.is_contiguous() and not out[0].is_contiguous():
-            out = out.contiguous()
-        if run.hooks or run.callback:
-            p, q = pairs[r]
-            x0 = torch.mul(out, q).add_(state, alpha=p)
-            if line.hooked:
-                at = At(r, v.t, v.alpha, v.sigma, state, run.samples)
-                for hook in run.hooks:
-                    x0 = _hooked(hook, x0, at)
-                out = x0
-            if run.callback:
-                run.callback(Step(r, nfe, v.t, v.alpha, v.sigma, state, x0, run.samples))
+        out = evaluate(plan, r, state, times, run, nfe, line.hooked)
         # A network may return its input, or something that shares its memory.
         buffers[_OUT] = out.clone() if out.untyped_storage().data_ptr() in own else out
     return state.clone() if state is x and not owned else state
+
+
+def evaluate(plan: Plan, r: int, state: Tensor, times: Times, run: Run, nfe: int, hooked: bool) -> Tensor:
+    """The network's output at row ``r``, dense and of the state's dtype, or the clean prediction that hooks changed.
+
+    Args:
+        plan, r, state: where.
+        times: of :func:`times_of`.
+        run: network, hooks and callback.
+        nfe: evaluations with this one.
+        hooked: whether hooks act here (:func:`conversions`).
+    """
+    row, v = plan.rows[r], plan.values[r]
+    rho = v.sigma / v.alpha if v.alpha else math.inf
+    out = run.network(state, times[0][r], rho, times[1][r] if row.sized else None)
+    if out.dtype != state.dtype:
+        out = out.to(state.dtype)
+    if not out.is_contiguous() and not out[0].is_contiguous():
+        out = out.contiguous()
+    if run.hooks or run.callback:
+        p, q = x0_pairs(plan)[r]
+        x0 = torch.mul(out, q).add_(state, alpha=p)
+        if hooked:
+            at = At(r, v.t, v.alpha, v.sigma, state, run.samples)
+            for hook in run.hooks:
+                x0 = _hooked(hook, x0, at)
+            out = x0
+        if run.callback:
+            run.callback(Step(r, nfe, v.t, v.alpha, v.sigma, state, x0, run.samples))
+    return out
 
 
 def execute_differentiable(

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from .denoiser import Bound
 from .executor import Run, execute, times_of
+from .fused import execute_fused
 from .plan import Plan
 
 _WARM_UP = 3  # runs before the capture, in which libraries choose their algorithms and get their workspaces
@@ -75,8 +76,10 @@ class Captured:
             network=self.network,
             noise=lambda stream, like: self.noises[stream],
             times=times_of(plan, run, x),
+            draws=None,
         )
-        self.result, self.replay = capture(lambda: execute(plan, self.x, static))
+        rows = execute if run.draws is None else execute_fused
+        self.result, self.replay = capture(lambda: rows(plan, self.x, static))
 
     def __call__(self, x: Tensor, run: Run) -> Tensor:
         """The trajectory from ``x`` with the noise and the conditions of ``run``."""
@@ -104,7 +107,7 @@ def run_captured(kept: dict[Hashable, Captured], plan: Plan, x: Tensor, run: Run
         for v in _leaves(run.network)
     ]
     structure = str(tree_flatten(_conditions(run.network))[1])
-    key: tuple[Hashable, ...] = (tuple(x.shape), x.dtype, x.device, structure, *fixed)
+    key: tuple[Hashable, ...] = (tuple(x.shape), x.dtype, x.device, run.draws is None, structure, *fixed)
     if run.hooks:  # which may treat each chunk of a call in its own way; the graph keeps them alive
         key += (run.samples.start, run.samples.stop, *map(id, run.hooks))
     if key not in kept:

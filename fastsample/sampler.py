@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import grids, solvers
+from . import fused, grids, solvers
 from .denoiser import Denoiser, as_conditions, select
 from .errors import unknown
 from .executor import (
@@ -180,6 +180,7 @@ class Sampler:
         return_trajectory: bool = False,
         differentiable: bool = False,
         graph: bool = False,
+        kernels: bool = False,
         check: bool = True,
         **conditions: Any,
     ) -> Any:
@@ -201,6 +202,8 @@ class Sampler:
             differentiable: keep the graph: gradients with respect to plan, network and input.
             graph: run through one CUDA graph, captured at the first call with these shapes; the noise of all
                 rows is drawn before. Not for several threads at once.
+            kernels: run each row as one launch of ``fastsample_kernels.update`` (float32 on a CUDA device); the
+                network's own kernels are ``fs.accelerate``'s.
             check: raise when the result is not finite (one synchronisation, after the last row).
             conditions: handed to the network; tensors whose first dimension is B are one value a sample.
 
@@ -220,6 +223,10 @@ class Sampler:
                 return_trajectory=return_trajectory,
                 differentiable=differentiable,
             )
+        if kernels:
+            if differentiable:
+                raise ValueError("kernels=True cannot be used with differentiable; leave one of them out")
+            fused.require(state)
         indices = self._indices(index, total, state.device)
         conditions = as_conditions(conditions, state.device, total)
         size = self._batch_size(batch_size, memory, total, state, conditions)
@@ -241,6 +248,7 @@ class Sampler:
                     (*self.hooks, *hooks),
                     on_step if progress or callback is not None else None,
                     samples,
+                    draws=(seed, chunk) if kernels else None,
                 )
 
                 def begin(samples: slice = samples, chunk: Tensor = chunk) -> Tensor:
@@ -258,6 +266,8 @@ class Sampler:
                         states = [start.clone()] if return_trajectory else None
                         if graph:
                             result = run_captured(self._graphs, self.plan, start, run)
+                        elif kernels:
+                            result = fused.execute_fused(self.plan, start, run, trajectory=states)
                         else:
                             # a state handed in is the user's: it is not overwritten
                             result = execute(self.plan, start, run, owned=x is None, trajectory=states)

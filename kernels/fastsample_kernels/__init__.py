@@ -5,7 +5,7 @@ what runs on a CPU), and :func:`explain` says which of the two a call would take
 package does not import Triton: the first launch does.
 """
 
-from ._runtime import explain
+from ._runtime import explain, supported
 from .attention import attention
 from .dit import gated_residual_norm, geglu, layer_norm, norm_rope, qk_norm_rope, rms_norm, swiglu
 from .group_norm import group_norm
@@ -25,6 +25,7 @@ __all__ = [
     "patch",
     "qk_norm_rope",
     "rms_norm",
+    "supported",
     "swiglu",
     "unpatch",
     "update",

@@ -361,3 +361,8 @@ def explain(kernel: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     if name not in _explainers:
         raise ValueError(f"kernel={name!r} is not one of {', '.join(sorted(_explainers))}")
     return _explainers[name](*args, **kwargs)
+
+
+def supported(kernel: str | Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether a call would run the kernel; arguments and errors as of :func:`explain`, which says why not."""
+    return ": plain torch, because " not in explain(kernel, *args, **kwargs)

@@ -91,7 +91,7 @@ def interpreter_rounds_to_nearest():
 
 # Files and tests (``@pytest.mark.quick``) that run every time, each kernel family in each of its modes among them;
 # the others, of interpreted and ahead-of-time compiled kernels, take minutes: ``make slow``.
-QUICK = ("test_kernels_patch", "test_kernels_fused_models", "test_kernels_plumbing")
+QUICK = ("test_kernels_patch", "test_kernels_fused_models", "test_kernels_plumbing", "test_kernels_sampler")
 
 
 def pytest_configure(config: pytest.Config) -> None:
