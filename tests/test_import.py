@@ -54,3 +54,9 @@ def test_public_names_exist(name: str) -> None:
 def test_unknown_names() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'Samplr'"):
         _ = fs.Samplr
+
+
+def test_the_package_runs_as_the_command() -> None:
+    shown = [sys.executable, "-m", "fastsample", "--help"]
+    done = subprocess.run(shown, capture_output=True, text=True, check=True)
+    assert "fastsample tune" in done.stdout

@@ -72,6 +72,7 @@ def accelerate(
     steps: int | None = 8,
     *,
     kernels: bool = False,
+    attention: bool = False,
     plan: Plan | str | os.PathLike[str] | None = None,
     grid: Any = None,
     end: str = "zero",
@@ -88,6 +89,7 @@ def accelerate(
         steps: the number of evaluations of calls that give no ``num_inference_steps``; a number in the call
             wins. None keeps the pipeline's own default.
         kernels: put ``fastsample_kernels`` into the network.
+        attention: with the kernels, ours in the place of PyTorch's attention, too (its speed is unmeasured).
         plan: a plan or its file, instead of solver and steps: a tuned one, or ``student.plan(1)`` where the
             pipeline's network is the student's.
         grid, end, quantize: as for :class:`fastsample.integrations.diffusers.PlanScheduler`.
@@ -110,7 +112,7 @@ def accelerate(
                 "plan= is for pipelines; a network samples with a plan by fs.Sampler(denoiser, plan=...)"
             )
         handle = Accelerated(pipe)
-        _patch(handle, pipe)
+        _patch(handle, pipe, attention)
         vars(pipe)[_HANDLE] = handle
         return handle
     scheduler: Any = getattr(pipe, "scheduler", None)
@@ -119,6 +121,8 @@ def accelerate(
             f"pipe is a {type(pipe).__name__}; give a diffusers pipeline (with a scheduler), an nn.Module, or a "
             "student or denoiser of one"
         )
+    if attention and not kernels:
+        raise ValueError("attention=True is one of the kernels; give kernels=True, too")
     handle = Accelerated(pipe, steps)
     network = network_of(pipe)
     if solver is not None or plan is not None:
@@ -153,7 +157,7 @@ def accelerate(
     handle._undo.append(hook.remove)
     _replace_call(handle, guidance)
     if kernels:
-        _patch(handle, network)
+        _patch(handle, network, attention)
     vars(pipe)[_HANDLE] = handle
     return handle
 
@@ -242,10 +246,10 @@ def _replace_call(handle: Accelerated, guidance: float | None) -> None:
     handle._undo.append(lambda: setattr(pipe, "__class__", original))
 
 
-def _patch(handle: Accelerated, network: nn.Module) -> None:
+def _patch(handle: Accelerated, network: nn.Module, attention: bool) -> None:
     import fastsample_kernels
 
-    handle.kernels = fastsample_kernels.patch(network)
+    handle.kernels = fastsample_kernels.patch(network, attention=attention)
     # No lambda: copies and pickles of a network take their handle along, with this network become theirs.
     handle._undo.append(functools.partial(fastsample_kernels.unpatch, network))
 

@@ -545,8 +545,15 @@ def test_kernels_and_solver_are_separate_choices() -> None:
     torch.testing.assert_close(kind.run(pipe, num_inference_steps=3), before)
     handle.undo()
     assert not any(hasattr(type(m), "_fastsample_base") for m in pipe.unet.modules())
+    with pytest.raises(ValueError, match="give kernels=True"):
+        fs.accelerate(pipe, attention=True)
+    handle = fs.accelerate(pipe, solver=None, steps=None, kernels=True, attention=True)
+    assert "attention" in {*handle.kernels.replaced.values()}
+    torch.testing.assert_close(kind.run(pipe, num_inference_steps=3), before)
     network = fs.accelerate(pipe.unet)
     assert network.kernels.replaced
+    assert "attention" not in {*network.kernels.replaced.values()}
+    assert "attention" in {*fs.accelerate(pipe.unet, attention=True).kernels.replaced.values()}
     fs.unaccelerate(pipe.unet)
     assert not any(hasattr(type(m), "_fastsample_base") for m in pipe.unet.modules())
 
