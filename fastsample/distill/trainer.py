@@ -187,6 +187,8 @@ class Trainer:
             with torch.no_grad():
                 predict(teacher, x, t, conditions, space).cpu()  # which waits for a device's own errors
         except REFUSALS as error:
+            if isinstance(error, RuntimeError) and _out_of_memory(error):
+                raise  # no matter of the data: the teacher does not fit
             reason = str(error) or type(error).__name__
             if self.data is None:
                 raise ValueError(
@@ -720,9 +722,13 @@ class _Run:
             return student
         if (folder / "manifest.json").is_file():
             try:
-                return load(folder, net, device=self.device)
+                kept = load(folder, net, device=self.device)
             except ValueError as error:
                 log.warning("%s; it is written again", error)
+            else:  # functions are in no folder
+                given = self.method.teacher
+                kept.denoiser = kept.denoiser.replace(encode=given.encode, decode=given.decode)
+                return kept
         if self.evaluation.metric is not None:
             final = Evaluation(
                 trainer.metric,

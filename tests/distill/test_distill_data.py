@@ -328,6 +328,10 @@ def test_latent_students_are_measured_by_their_images(tmp_path: Path) -> None:
     again = distill.Data(to_images_anyhow(drawn))
     other = Evaluation("fd-digits", 40, again, CPU).reference.gaussian.mean
     torch.testing.assert_close(of_latents.moments(student, 1, seed=1).gaussian().mean, other)
+    assert student.denoiser.decode is to_images
+    assert trainer.fit(tmp_path).denoiser.decode is to_images, (
+        "a finished training's student lost its decoder"
+    )
 
     from torchvision.io import read_image
 
@@ -337,3 +341,13 @@ def test_latent_students_are_measured_by_their_images(tmp_path: Path) -> None:
 def to_images_anyhow(z: Tensor) -> Tensor:
     with torch.no_grad():
         return to_images(z)
+
+
+def test_a_teacher_without_room_is_no_fault_of_the_data() -> None:
+    class Large(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    teacher = fs.wrap(Large(), fs.VP.linear(), "eps", sample_shape=(1, 8, 8))
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        distill.Trainer(distill.Consistency(teacher), digits("train")[0], steps=2, device="cpu")
