@@ -18,17 +18,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from . import _runtime as runtime
+from ._forwards import (
+    attending_forward,
+    group_norm_forward,
+    is_group_norm,
+    rows_forward,
+    rows_norm,
+    run_pair,
+    sequential_forward,
+)
 from ._rewrite import fused
-from .attention import attention as fused_attention
-from .attention import supported as attention_supported
-from .dit import layer_norm, rms_norm
-from .dit import supported as rows_supported
-from .group_norm import group_norm, supported
 
 _MARK = "_fastsample_patched"  # on an instance: whether the forward of its patched class runs
 _BASE = "_fastsample_base"  # on a patched class: the class that it was made of
@@ -108,14 +110,14 @@ def patch(model: nn.Module, *, attention: bool = False) -> Report:
         forward = _forward_of(module)
         if forward is not None:
             forwards[module] = forward
-            report.replaced[name or type(module).__name__] = forward.__name__.removeprefix("_")
+            report.replaced[name or type(module).__name__] = forward.__name__.removesuffix("_forward")
         elif _is_a_norm(module):
             report.kept[name or type(module).__name__] = _why_no_kernel(module)
     for name, module in model.named_modules():
         if _why_not(module) is not None:
             continue
         if _attends(module) and attention:
-            forwards[module] = _attending(forwards.get(module, type(module).forward))
+            forwards[module] = attending_forward(forwards.get(module, type(module).forward))
             before = report.replaced.get(name or type(module).__name__)
             report.replaced[name or type(module).__name__] = f"{before}, attention" if before else "attention"
         elif _attends(module):
@@ -214,37 +216,7 @@ def _runs_here(model: nn.Module) -> str | None:
     return None if parameter is None else runtime.why_not(parameter.new_empty(1))
 
 
-def _plain(x: Tensor) -> bool:
-    """Whether the module's own code runs at once: the commonest reason, found first."""
-    return x.device.type == "cpu" and not runtime.INTERPRET
-
-
-def _shaped(x: Tensor) -> bool:
-    """Whether a norm's kernel knows the axes of the input: (batch, ..., channels)."""
-    return x.ndim >= 2
-
-
-# -- single norms --------------------------------------------------------------------------------------------
-# The parameters' names are those of PyTorch.
-
-
-def _group_norm(self: nn.GroupNorm, input: Tensor) -> Tensor:
-    if _plain(input) or not _shaped(input) or supported(input, self.weight, self.bias) is not None:
-        return nn.GroupNorm.forward(self, input)
-    return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
-
-
-def _layer_norm(self: nn.LayerNorm, input: Tensor) -> Tensor:
-    if _plain(input) or not _shaped(input) or rows_supported(input, self.weight, self.bias) is not None:
-        return nn.LayerNorm.forward(self, input)
-    return layer_norm(input, self.weight, self.bias, self.eps)
-
-
-def _rms_norm(self: nn.RMSNorm, x: Tensor) -> Tensor:
-    if _plain(x) or not _shaped(x) or rows_supported(x, self.weight) is not None:
-        return nn.RMSNorm.forward(self, x)
-    eps = runtime.rms_norm_eps(x.dtype, x.device.type) if self.eps is None else self.eps
-    return rms_norm(x, self.weight, eps)
+# -- what is found in a model ---------------------------------------------------------------------------------
 
 
 def _is_a_norm(module: nn.Module) -> bool:
@@ -253,31 +225,24 @@ def _is_a_norm(module: nn.Module) -> bool:
     return named or isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm))
 
 
-_NORMS: tuple[tuple[type[nn.Module], Callable[..., Any]], ...] = (
-    (nn.GroupNorm, _group_norm),
-    (nn.LayerNorm, _layer_norm),
-    (nn.RMSNorm, _rms_norm),
-)
-
-
-def _known(module: nn.Module) -> Callable[..., Any] | None:
-    """The forward for a norm's class; subclasses with a forward of their own stay."""
-    for cls, forward in _NORMS:
-        if isinstance(module, cls) and type(module).forward is cls.forward:
-            return forward
-    return None
-
-
 def _forward_of(module: nn.Module) -> Callable[..., Any] | None:
     """The forward of a norm that the kernels know."""
-    return _known(module) if len(getattr(module, "normalized_shape", (0,))) == 1 else None
+    if is_group_norm(module):
+        return group_norm_forward
+    norm = rows_norm(module)
+    return (
+        rows_forward(norm, type(module).forward)
+        if norm is not None and len(norm.shape(module)) == 1
+        else None
+    )
 
 
 def _why_no_kernel(module: nn.Module) -> str:
-    if _known(module) is None:
+    norm = rows_norm(module)
+    if norm is None:
         return f"{type(module).__name__} is no norm that the kernels know"
-    axes = len(module.normalized_shape)  # type: ignore[arg-type]
-    return f"it normalises over {axes} axes, {tuple(module.normalized_shape)}; the kernels over the last"  # type: ignore[arg-type]
+    shape = norm.shape(module)
+    return f"it normalises over {len(shape)} axes, {shape}; the kernels over the last"
 
 
 # -- attention -----------------------------------------------------------------------------------------------
@@ -296,125 +261,19 @@ def _attends(module: nn.Module) -> bool:
     return any(code is not None and not _ATTENTION.isdisjoint(code.co_names) for code in codes)
 
 
-def _kernel_or_pytorch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """PyTorch's attention, by the kernels where these can take the call."""
-    alike = query.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
-    if not _plain(query) and alike and dropout_p == 0:
-        q, k, v = runtime.autocast(query, key, value)
-        if q.dtype == k.dtype == v.dtype and attention_supported(q, k, v, attn_mask) is None:
-            return fused_attention(q, k, v, bias=attn_mask, is_causal=is_causal, scale=scale)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-
-
-class _Attention(TorchFunctionMode):
-    """While it is active, PyTorch's attention is :func:`_kernel_or_pytorch`."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            func = _kernel_or_pytorch
-        return func(*args, **(kwargs or {}))
-
-
-@functools.cache
-def _attending(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward during which :class:`_Attention` is active."""
-
-    @functools.wraps(forward)
-    def attending(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _Attention():
-            return forward(self, *args, **kwargs)
-
-    return attending
-
-
-# -- group norm and its activation ---------------------------------------------------------------------------
-
-
-def _is_group_norm(module: Any) -> bool:
-    return isinstance(module, nn.GroupNorm) and type(module).forward is nn.GroupNorm.forward
-
-
-def _is_pair(norm: Any, activation: Any) -> bool:
-    """Whether the kernel is what these two do now, one after the other: modules may be exchanged after patching."""
-    if not _is_group_norm(norm) or runtime.hooked(norm) or "forward" in vars(norm):
-        return False
-    if activation is F.silu:
-        return True
-    return (
-        type(activation) is nn.SiLU and not runtime.hooked(activation) and "forward" not in vars(activation)
-    )
-
-
-def _run_pair(norm: Any, activation: Any, x: Any, scale: Any = None, shift: Any = None) -> Any:
-    """``activation(norm(x) * (1 + scale) + shift)`` by one kernel, or by the modules themselves."""
-    if isinstance(x, Tensor) and not _plain(x) and _shaped(x) and _is_pair(norm, activation):
-        flat = [_per_channel(t, x) for t in (scale, shift)]
-        known = all(f is not None or t is None for f, t in zip(flat, (scale, shift), strict=True))
-        if known and supported(x, norm.weight, norm.bias, *flat) is None:
-            return group_norm(
-                x,
-                norm.num_groups,
-                norm.weight,
-                norm.bias,
-                norm.eps,
-                activation="silu",
-                scale=flat[0],
-                shift=flat[1],
-            )
-    y = norm(x)
-    if scale is not None:
-        y = y * (1 + scale) + shift
-    return activation(y)
-
-
-def _per_channel(value: Any, x: Tensor) -> Tensor | None:
-    """(N, C, 1, ..) as (N, C); None for other shapes, and numbers."""
-    if not isinstance(value, Tensor) or value.ndim != x.ndim or value.numel() != x.shape[0] * x.shape[1]:
-        return None
-    return value.flatten(1) if value.shape[:2] == x.shape[:2] else None
-
-
-def _run_named(self: nn.Module, norm: str, activation: str | None, x: Any, scale: Any, shift: Any) -> Any:
-    act = F.silu if activation is None else getattr(self, activation)
-    return _run_pair(getattr(self, norm), act, x, scale, shift)
-
-
-def _sequential(self: nn.Sequential, input: Any) -> Any:
-    modules = list(self)
-    i = 0
-    while i < len(modules):
-        pair = i + 1 < len(modules) and _is_group_norm(modules[i]) and type(modules[i + 1]) is nn.SiLU
-        input = _run_pair(modules[i], modules[i + 1], input) if pair else modules[i](input)
-        i += 2 if pair else 1
-    return input
-
-
 @functools.cache
 def _rewritten(forward: Any, pairs: frozenset[tuple[str, str | None]]) -> Any:
-    return fused(forward, _run_named, lambda norm, act: (norm, act) in pairs)
+    return fused(forward, run_pair, lambda norm, act: (norm, act) in pairs)
 
 
 def _fuse(module: nn.Module) -> tuple[Callable[..., Any] | None, list[Any]]:
     """A forward that fuses a module's pairs, if any; the group norms of these, by attribute or themselves."""
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         modules = list(module)
-        pairs = [a for a, b in itertools.pairwise(modules) if _is_group_norm(a) and type(b) is nn.SiLU]
-        return (_sequential, pairs) if pairs else (None, [])
+        pairs = [a for a, b in itertools.pairwise(modules) if is_group_norm(a) and type(b) is nn.SiLU]
+        return (sequential_forward, pairs) if pairs else (None, [])
     children = dict(module.named_children())
-    norms = [name for name, child in children.items() if _is_group_norm(child)]
+    norms = [name for name, child in children.items() if is_group_norm(child)]
     if not norms:
         return None, []
     acts: list[str | None] = [None, *(name for name, child in children.items() if type(child) is nn.SiLU)]

@@ -105,6 +105,50 @@ def sd3() -> Case:
     return net, lambda model: model(**given).sample
 
 
+def sd35() -> Case:
+    """With norms of queries and keys, and a second attention in its block."""
+    torch.manual_seed(6)
+    net = diffusers.SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=12,
+        pooled_projection_dim=12,
+        out_channels=4,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    given: dict[str, Any] = {
+        "hidden_states": _randn(2, 4, 4, 4),
+        "encoder_hidden_states": _randn(2, 5, 12, seed=1),
+        "pooled_projections": _randn(2, 12, seed=2),
+        "timestep": torch.tensor([3.0, 500.0]),
+    }
+    return net, lambda model: model(**given).sample
+
+
+def pixart() -> Case:
+    torch.manual_seed(7)
+    net = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        cross_attention_dim=16,
+        sample_size=4,
+        caption_channels=12,
+        use_additional_conditions=False,
+    )
+    x, context = _randn(2, 4, 4, 4), _randn(2, 5, 12, seed=1)
+    t = torch.tensor([3, 500])
+    return net.eval(), lambda model: model(x, encoder_hidden_states=context, timestep=t).sample
+
+
 def flux() -> Case:
     torch.manual_seed(5)
     net = diffusers.FluxTransformer2DModel(
@@ -136,6 +180,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "AutoencoderKL": autoencoder,
     "DiT": dit,
     "SD3": sd3,
+    "SD3.5": sd35,
+    "PixArt": pixart,
     "Flux": flux,
 }
 # group norms that run with their activation
@@ -146,6 +192,8 @@ FUSED = {
     "AutoencoderKL": 22,
     "DiT": 0,
     "SD3": 0,
+    "SD3.5": 0,
+    "PixArt": 0,
     "Flux": 0,
 }
 # modules that call PyTorch's attention
@@ -156,6 +204,8 @@ ATTENDING = {
     "AutoencoderKL": 2,
     "DiT": 2,
     "SD3": 1,
+    "SD3.5": 3,
+    "PixArt": 2,
     "Flux": 2,
 }
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import models
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import assert_close_enough
+from diffusers.models import normalization
 from torch import Tensor, nn
 
 import fastsample_kernels as fk
+from fastsample_kernels import _forwards
 from fastsample_kernels import _runtime as runtime
-from fastsample_kernels import patching
 
 
 @pytest.mark.parametrize("name", models.CASES)
@@ -23,14 +26,14 @@ def test_outputs_and_gradients_agree(name: str, monkeypatch: pytest.MonkeyPatch)
     assert report.runs_here is None
     runs: list[str] = []
     for kernel in ("group_norm", "layer_norm", "rms_norm"):
-        original = getattr(patching, kernel)
+        original = getattr(_forwards, kernel)
 
         def counting(*args, kernel=kernel, original=original, **kwargs) -> Tensor:
             assert "Triton" in fk.explain(kernel, *args, **kwargs)
             runs.append(kernel + ("+silu" if kwargs.get("activation") else ""))
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(patching, kernel, counting)
+        monkeypatch.setattr(_forwards, kernel, counting)
     after, again = models.gradients(model, call)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
     for a, b in zip(gradients, again, strict=True):
@@ -52,14 +55,14 @@ def test_attention_on_request(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     report = fk.patch(model, attention=True)
     modules = sum(what.endswith("attention") for what in report.replaced.values())
     assert modules == models.ATTENDING[name]
-    original, shapes = patching.fused_attention, []
+    original, shapes = _forwards.fused_attention, []
 
     def counting(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
         assert "Triton" in fk.explain("attention", q, k, v, **options)
         shapes.append(q.shape)
         return original(q, k, v, **options)
 
-    monkeypatch.setattr(patching, "fused_attention", counting)
+    monkeypatch.setattr(_forwards, "fused_attention", counting)
     after, again = models.gradients(model, call)
     assert len(shapes) == modules
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
@@ -97,9 +100,9 @@ def test_what_the_kernels_do_not_take_is_pytorchs(options, taken, monkeypatch: p
     wanted = module(q, k, v, **options)
     assert fk.patch(module, attention=True).replaced == {"Attending": "attention"}
     runs: list[Tensor] = []
-    original = patching.fused_attention
+    original = _forwards.fused_attention
     monkeypatch.setattr(
-        patching, "fused_attention", lambda *args, **kw: runs.append(args) or original(*args, **kw)
+        _forwards, "fused_attention", lambda *args, **kw: runs.append(args) or original(*args, **kw)
     )
     torch.manual_seed(1)
     torch.testing.assert_close(module(q, k, v, **options), wanted)
@@ -201,6 +204,92 @@ def test_rms_norm_without_eps_is_pytorchs(dtype: torch.dtype, size: float) -> No
     torch.testing.assert_close(norm(x).double(), exact, rtol=2 * ulp, atol=0)
 
 
+def diffusers_norms() -> list:
+    """(norm, input's type, whether the kernel gives what it gives)"""
+    rms, layer, low, single = (
+        normalization.RMSNorm,
+        normalization.FP32LayerNorm,
+        torch.bfloat16,
+        torch.float32,
+    )
+    return [
+        (rms(16, 1e-6), single, True),
+        (rms(16, 0.1, elementwise_affine=False), low, True),
+        (rms(16, 1e-6, bias=True), single, True),
+        (rms(16, 1e-6, bias=True).to(low), low, True),
+        (rms(16, 1e-6).half(), torch.float16, True),
+        (rms(16, 1e-6), low, False),  # the result is float32
+        (rms(16, 1e-6).to(low), single, False),  # the result is bfloat16
+        (rms(16, 1e-6).half(), low, False),
+        (rms(16, 1e-6).double(), torch.float64, False),  # its statistics are float32
+        (rms(1, 1e-6), single, False),  # its weight is broadcast
+        (layer(16), low, True),
+        (layer(16).to(low), single, True),
+        (layer(16, elementwise_affine=False), single, True),
+    ]
+
+
+@pytest.mark.parametrize("case", range(len(diffusers_norms())))
+@pytest.mark.parametrize("shape", ["rows", "heads"])
+def test_norms_of_diffusers_in_their_types(case: int, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, dtype, taken = diffusers_norms()[case]
+    generator = torch.Generator().manual_seed(case)
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    x = torch.randn(2, 3, 4, 16, generator=generator).to(dtype)
+    x = (x.transpose(1, 2) if shape == "heads" else x).requires_grad_()
+
+    def results(norm: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        y = norm(x)
+        weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
+        inputs = [x, *norm.parameters()]
+        gradients = torch.autograd.grad((y * weights).sum(), inputs)
+        return {"y": y.detach()} | {f"gradient {i}": g for i, g in enumerate(gradients)}
+
+    low, strides = results(norm, x), norm(x).stride()
+    if isinstance(norm, nn.LayerNorm):
+        exact = copy.deepcopy(norm).double()
+        exact.forward = functools.partial(nn.LayerNorm.forward, exact)
+    else:
+        exact = nn.RMSNorm(16, norm.eps, norm.weight is not None, dtype=torch.float64)
+        exact.load_state_dict({k: v.expand(16) for k, v in norm.state_dict().items() if k != "bias"})
+        if norm.bias is not None:
+            rms, exact.bias = exact.forward, nn.Parameter(norm.bias.detach().double())
+            exact.forward = lambda x: rms(x) + exact.bias
+    runs: list[str] = []
+    for kernel in ("layer_norm", "rms_norm"):
+        original = getattr(_forwards, kernel)
+        monkeypatch.setattr(
+            _forwards, kernel, lambda *a, original=original, **kw: runs.append("") or original(*a, **kw)
+        )
+    assert fk.patch(norm).replaced
+    got = results(norm, x)
+    assert bool(runs) == taken
+    assert {name: t.dtype for name, t in got.items()} == {name: t.dtype for name, t in low.items()}
+    if taken:
+        assert_close_enough(got, low, results(exact, x.detach().double().requires_grad_()))
+    else:
+        assert all(torch.equal(got[name], low[name]) for name in low)
+    if not isinstance(norm, nn.LayerNorm):
+        assert norm(x).stride() == strides
+
+
+@pytest.mark.parametrize("norm", [normalization.RMSNorm(8, 1e-6, bias=True), nn.LayerNorm(8)], ids=repr)
+def test_a_norm_compiles_whole(norm: nn.Module) -> None:
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    wanted = norm(x)
+    fk.patch(norm)
+    torch.testing.assert_close(torch.compile(norm, fullgraph=True, backend="aot_eager")(x), wanted)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4, elementwise_affine=False), nn.LayerNorm(4), nn.RMSNorm(4)])
+def test_rows_of_another_size_are_refused_as_the_module_refuses_them(norm: nn.Module) -> None:
+    fk.patch(norm)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        norm(torch.randn(2, 5))
+
+
 def test_vectors_without_a_batch_run_the_modules() -> None:
     x = torch.randn(4, generator=torch.Generator().manual_seed(0))
     for norm in (nn.LayerNorm(4), nn.RMSNorm(4)):
@@ -216,8 +305,8 @@ def test_vectors_without_a_batch_run_the_modules() -> None:
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 def test_copies_run_the_kernels_with_their_own_weights(copied, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[Tensor] = []
-    original = patching.layer_norm
-    monkeypatch.setattr(patching, "layer_norm", lambda *args: runs.append(args[1]) or original(*args))
+    original = _forwards.layer_norm
+    monkeypatch.setattr(_forwards, "layer_norm", lambda *args: runs.append(args[1]) or original(*args))
     norm = nn.LayerNorm(4)
     fk.patch(norm)
     other = copied(norm)

@@ -13,6 +13,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models import normalization
 from torch import Tensor, nn
 
 import fastsample as fs
@@ -57,7 +58,8 @@ def test_on_a_cpu_the_patched_model_is_the_same_to_the_bit(name: str, attention:
 @pytest.mark.parametrize("name", models.CASES)
 def test_every_norm_is_replaced_or_reported(name: str) -> None:
     model, _ = models.CASES[name]()
-    norms = {n for n, m in model.named_modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm))}
+    classes = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, normalization.RMSNorm)
+    norms = {n for n, m in model.named_modules() if isinstance(m, classes)}
     report = fk.patch(model)
     alone = {n for n, what in report.replaced.items() if not what.endswith("silu")}
     with_activation = sum(int(what.split()[0]) for what in report.replaced.values() if what.endswith("silu"))
@@ -195,8 +197,8 @@ def test_parametrized_modules_stay() -> None:
 
 
 def test_norms_over_several_axes_are_reported() -> None:
-    kept = fk.patch(nn.Sequential(nn.LayerNorm((4, 3)))).kept
-    assert kept == {"0": "it normalises over 2 axes, (4, 3); the kernels over the last"}
+    kept = fk.patch(nn.Sequential(nn.LayerNorm((4, 3)), normalization.RMSNorm((4, 3), 1e-6))).kept
+    assert kept == dict.fromkeys("01", "it normalises over 2 axes, (4, 3); the kernels over the last")
 
 
 def test_the_parameters_are_called_as_pytorchs() -> None:
@@ -205,6 +207,8 @@ def test_the_parameters_are_called_as_pytorchs() -> None:
         (nn.GroupNorm(2, 4), "input"),
         (nn.LayerNorm(4), "input"),
         (nn.RMSNorm(4), "x"),
+        (normalization.RMSNorm(4, 1e-6), "hidden_states"),
+        (normalization.FP32LayerNorm(4), "inputs"),
         (nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()), "input"),
     ):
         wanted = module(x)

@@ -1,0 +1,262 @@
+"""What runs in the place of modules' own code: each takes a kernel where that computes the same, and else runs what
+the modules would have run, to the bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from . import _runtime as runtime
+from .attention import attention as fused_attention
+from .attention import supported as attention_supported
+from .dit import layer_norm, rms_norm
+from .dit import supported as rows_supported
+from .group_norm import group_norm, supported
+
+
+def plain(x: Tensor) -> bool:
+    """Whether the module's own code runs at once: the commonest reason, found first."""
+    return x.device.type == "cpu" and not runtime.INTERPRET
+
+
+def shaped(x: Tensor) -> bool:
+    """Whether a norm's kernel knows the axes of the input: (batch, ..., channels)."""
+    return x.ndim >= 2
+
+
+# -- group norm ------------------------------------------------------------------------------------------------
+
+
+def group_norm_forward(self: nn.GroupNorm, input: Tensor) -> Tensor:
+    """That of ``nn.GroupNorm``; the parameter's name is PyTorch's."""
+    if plain(input) or not shaped(input) or supported(input, self.weight, self.bias) is not None:
+        return nn.GroupNorm.forward(self, input)
+    return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+# -- norms over the last axis ----------------------------------------------------------------------------------
+
+
+def _rows(x: Any, size: int | None, *parameters: Tensor | None) -> bool:
+    """Whether the kernels take the rows of x, which are of this size unless it is None."""
+    if not isinstance(x, Tensor) or plain(x) or not shaped(x):
+        return False
+    return (size is None or x.shape[-1] == size) and rows_supported(x, *parameters) is None
+
+
+class LayerNorm:
+    """``nn.LayerNorm``, and diffusers' FP32LayerNorm, whose arithmetic and types are those of the kernel anyway."""
+
+    name = "layer_norm"
+
+    @staticmethod
+    def shape(norm: Any) -> tuple[int, ...]:
+        return tuple(norm.normalized_shape)
+
+    @staticmethod
+    def takes(norm: Any, x: Any) -> bool:
+        return _rows(x, norm.normalized_shape[0], norm.weight, norm.bias)
+
+    @staticmethod
+    def run(norm: Any, x: Tensor) -> Tensor:
+        return layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+class RMSNorm:
+    """``nn.RMSNorm``."""
+
+    name = "rms_norm"
+
+    @staticmethod
+    def shape(norm: Any) -> tuple[int, ...]:
+        return tuple(norm.normalized_shape)
+
+    @staticmethod
+    def takes(norm: Any, x: Any) -> bool:
+        return _rows(x, norm.normalized_shape[0], norm.weight)
+
+    @staticmethod
+    def run(norm: Any, x: Tensor) -> Tensor:
+        eps = runtime.rms_norm_eps(x.dtype, x.device.type) if norm.eps is None else norm.eps
+        return rms_norm(x, norm.weight, eps)
+
+
+class DiffusersRMSNorm:
+    """diffusers' RMSNorm: statistics in float32, and a result of the weight's type where that has 16 bits, of the
+    wider of weight and input otherwise. The kernel's is that of the input, so all types have to be the same."""
+
+    name = "rms_norm"
+
+    @staticmethod
+    def shape(norm: Any) -> tuple[int, ...]:
+        return tuple(norm.dim)
+
+    @staticmethod
+    def takes(norm: Any, x: Any) -> bool:
+        weight, bias = norm.weight, getattr(norm, "bias", None)
+        if not _rows(x, None if weight is None else weight.shape[0], weight, bias):
+            return False
+        return x.dtype != torch.float64 and all(p is None or p.dtype == x.dtype for p in (weight, bias))
+
+    @staticmethod
+    def run(norm: Any, x: Tensor) -> Tensor:
+        # In the order of the axes in memory, as the module gives it: heads are often a transposed view.
+        swapped = x.ndim == 4 and x.stride(1) < x.stride(2)
+        if swapped:
+            x = x.transpose(1, 2)
+        bias = getattr(norm, "bias", None)
+        if bias is not None:  # its gradient is summed over the samples: in float32
+            bias = bias.to(runtime.accumulator(x.dtype)).expand(x.shape[0], -1)
+        y = rms_norm(x, norm.weight, norm.eps, shift=bias)
+        return y.transpose(1, 2) if swapped else y
+
+
+# (module of the class, its name, what it is)
+_ROWS: tuple[tuple[str, str, Any], ...] = (
+    ("torch.nn", "LayerNorm", LayerNorm),
+    ("torch.nn", "RMSNorm", RMSNorm),
+    ("diffusers.models.normalization", "FP32LayerNorm", LayerNorm),
+    ("diffusers.models.normalization", "RMSNorm", DiffusersRMSNorm),
+)
+
+
+def rows_norm(module: nn.Module) -> Any | None:
+    """Which norm over the last axis a module is: one of the classes above, or None. Subclasses with a forward of their
+    own are none."""
+    for place, name, norm in _ROWS:
+        cls = getattr(sys.modules.get(place), name, None)
+        if cls is not None and isinstance(module, cls) and type(module).forward is cls.forward:
+            return norm
+    return None
+
+
+@functools.cache
+def rows_forward(norm: Any, own: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a norm over the last axis; ``own`` is that of its class."""
+    parameter = own.__code__.co_varnames[1]
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get(parameter)
+        if len(args) + len(kwargs) == 1 and norm.takes(self, x):
+            return norm.run(self, x)
+        return own(self, *args, **kwargs)
+
+    forward.__name__ = norm.name
+    return forward
+
+
+# -- group norm and its activation ---------------------------------------------------------------------------
+
+
+def is_group_norm(module: Any) -> bool:
+    return isinstance(module, nn.GroupNorm) and type(module).forward is nn.GroupNorm.forward
+
+
+def _is_pair(norm: Any, activation: Any) -> bool:
+    """Whether the kernel is what these two do now, one after the other: modules may be exchanged after patching."""
+    if not is_group_norm(norm) or runtime.hooked(norm) or "forward" in vars(norm):
+        return False
+    if activation is F.silu:
+        return True
+    return (
+        type(activation) is nn.SiLU and not runtime.hooked(activation) and "forward" not in vars(activation)
+    )
+
+
+def _run_pair(norm: Any, activation: Any, x: Any, scale: Any = None, shift: Any = None) -> Any:
+    """``activation(norm(x) * (1 + scale) + shift)`` by one kernel, or by the modules themselves."""
+    if isinstance(x, Tensor) and not plain(x) and shaped(x) and _is_pair(norm, activation):
+        flat = [_per_channel(t, x) for t in (scale, shift)]
+        known = all(f is not None or t is None for f, t in zip(flat, (scale, shift), strict=True))
+        if known and supported(x, norm.weight, norm.bias, *flat) is None:
+            return group_norm(
+                x,
+                norm.num_groups,
+                norm.weight,
+                norm.bias,
+                norm.eps,
+                activation="silu",
+                scale=flat[0],
+                shift=flat[1],
+            )
+    y = norm(x)
+    if scale is not None:
+        y = y * (1 + scale) + shift
+    return activation(y)
+
+
+def _per_channel(value: Any, x: Tensor) -> Tensor | None:
+    """(N, C, 1, ..) as (N, C); None for other shapes, and numbers."""
+    if not isinstance(value, Tensor) or value.ndim != x.ndim or value.numel() != x.shape[0] * x.shape[1]:
+        return None
+    return value.flatten(1) if value.shape[:2] == x.shape[:2] else None
+
+
+def run_pair(self: nn.Module, norm: str, activation: str | None, x: Any, scale: Any, shift: Any) -> Any:
+    act = F.silu if activation is None else getattr(self, activation)
+    return _run_pair(getattr(self, norm), act, x, scale, shift)
+
+
+def sequential_forward(self: nn.Sequential, input: Any) -> Any:
+    modules = list(self)
+    i = 0
+    while i < len(modules):
+        pair = i + 1 < len(modules) and is_group_norm(modules[i]) and type(modules[i + 1]) is nn.SiLU
+        input = _run_pair(modules[i], modules[i + 1], input) if pair else modules[i](input)
+        i += 2 if pair else 1
+    return input
+
+
+# -- attention -----------------------------------------------------------------------------------------------
+
+
+def _kernel_or_pytorch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """PyTorch's attention, by the kernels where these can take the call."""
+    alike = query.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    if not plain(query) and alike and dropout_p == 0:
+        q, k, v = runtime.autocast(query, key, value)
+        if q.dtype == k.dtype == v.dtype and attention_supported(q, k, v, attn_mask) is None:
+            return fused_attention(q, k, v, bias=attn_mask, is_causal=is_causal, scale=scale)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+class _Attention(TorchFunctionMode):
+    """While it is active, PyTorch's attention is :func:`_kernel_or_pytorch`."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            func = _kernel_or_pytorch
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def attending_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward during which :class:`_Attention` is active."""
+
+    @functools.wraps(forward)
+    def attending(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _Attention():
+            return forward(self, *args, **kwargs)
+
+    return attending
