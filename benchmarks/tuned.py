@@ -73,7 +73,7 @@ def fits(folder: Path) -> list[str]:
         record = (plan := fs.Plan.load(file)).options["record"]
         gap = record["heldout_rmse"] / record["training_rmse"]
         lines.append(
-            f"| {folder.name} | {plan.nfe} | {record['start_rmse']:.4f} | {record['heldout_rmse']:.4f} | {gap:.2f} | "
+            f"| {folder.name} | {plan.nfe} | {plan.options['start']}, {record['start_rmse']:.4f} | {record['heldout_rmse']:.4f} | {gap:.2f} | "
             f"{record['evaluations']:,} | {record['evaluations_per_batch']:.0f} |"
         )
     return lines
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--model", default="digits", choices=("digits", "fashion-mnist"))
     parser.add_argument("--run", type=Path, default=Path("runs/tuned-bench"))
     parser.add_argument("--plans", type=Path, nargs="+", default=[Path("runs/tuned"), Path("runs/matched")])
+    parser.add_argument("--note", default="", help="a sentence on settings of the fits for the table")
     arguments = parser.parse_args()
     budgets = "".join(f" {n} |" for n in NFE)
     rule = "|---" * (len(NFE) + 1) + "|"
@@ -110,7 +111,7 @@ def main() -> None:
         "",
         "What the fits took: error of the start and of the result on held-out noise, the result's error there "
         "over that on the noise it was fitted to, evaluations, and these as a multiple of sampling the "
-        "trajectories once.",
+        "trajectories once." + (f" {arguments.note}" if arguments.note else ""),
         "",
         "| plans | evaluations | start | fitted | held-out / fitted | spent | times |",
         "|---|---|---|---|---|---|---|",

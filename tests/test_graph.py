@@ -89,6 +89,21 @@ def test_shapes_and_fixed_conditions_have_their_own_graphs(captures: list[Tensor
         assert len(captures) == count
 
 
+@pytest.mark.parametrize("name", list(samplers()))
+def test_rows_by_the_update_function(
+    name: str, captures: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph of them is another than one without; the noise is drawn outside."""
+    monkeypatch.setattr("fastsample.fused.require", lambda x: None)  # plain torch does, too
+    sampler = samplers()[name]
+    for seed in (1, 2):
+        call = {"shape": (3, 4), "seed": seed, **labels_of(name, [1, 2, 3])}
+        plain = sampler(**call)
+        assert torch.equal(sampler(graph=True, **call), plain)
+        torch.testing.assert_close(sampler(graph=True, kernels=True, **call), plain, rtol=1e-5, atol=1e-5)
+    assert len(captures) == 2
+
+
 def test_hooks_that_know_their_samples(captures: list[Tensor]) -> None:
     mask = torch.tensor([1.0, 0.0, 1.0, 0.0]).reshape(4, 1).expand(4, 3)
     inpaint = fs.hooks.Inpaint(mask, torch.arange(4.0).reshape(4, 1).expand(4, 3))
