@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from . import _runtime as runtime
 from .attention import attention as fused_attention
 from .attention import supported as attention_supported
-from .dit import layer_norm, rms_norm
+from .dit import _why_not_glu as gate_supported
+from .dit import geglu, layer_norm, rms_norm, swiglu
 from .dit import supported as rows_supported
 from .group_norm import group_norm, supported
 
@@ -66,8 +67,8 @@ class LayerNorm:
         return _rows(x, norm.normalized_shape[0], norm.weight, norm.bias)
 
     @staticmethod
-    def run(norm: Any, x: Tensor) -> Tensor:
-        return layer_norm(x, norm.weight, norm.bias, norm.eps)
+    def run(norm: Any, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        return layer_norm(x, norm.weight, norm.bias, norm.eps, scale=scale, shift=shift)
 
 
 class RMSNorm:
@@ -84,9 +85,9 @@ class RMSNorm:
         return _rows(x, norm.normalized_shape[0], norm.weight)
 
     @staticmethod
-    def run(norm: Any, x: Tensor) -> Tensor:
+    def run(norm: Any, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         eps = runtime.rms_norm_eps(x.dtype, x.device.type) if norm.eps is None else norm.eps
-        return rms_norm(x, norm.weight, eps)
+        return rms_norm(x, norm.weight, eps, scale=scale, shift=shift)
 
 
 class DiffusersRMSNorm:
@@ -107,12 +108,18 @@ class DiffusersRMSNorm:
         return x.dtype != torch.float64 and all(p is None or p.dtype == x.dtype for p in (weight, bias))
 
     @staticmethod
-    def run(norm: Any, x: Tensor) -> Tensor:
+    def run(norm: Any, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        bias = getattr(norm, "bias", None)
+        if scale is not None or shift is not None:
+            if bias is None:
+                return rms_norm(x, norm.weight, norm.eps, scale=scale, shift=shift)
+            y = DiffusersRMSNorm.run(norm, x)
+            y = y if scale is None else y * (1 + scale)
+            return y if shift is None else y + shift
         # In the order of the axes in memory, as the module gives it: heads are often a transposed view.
         swapped = x.ndim == 4 and x.stride(1) < x.stride(2)
         if swapped:
             x = x.transpose(1, 2)
-        bias = getattr(norm, "bias", None)
         if bias is not None:  # its gradient is summed over the samples: in float32
             bias = bias.to(runtime.accumulator(x.dtype)).expand(x.shape[0], -1)
         y = rms_norm(x, norm.weight, norm.eps, shift=bias)
@@ -150,7 +157,110 @@ def rows_forward(norm: Any, own: Callable[..., Any]) -> Callable[..., Any]:
         return own(self, *args, **kwargs)
 
     forward.__name__ = norm.name
+    forward.__dict__["rows"] = norm
     return forward
+
+
+# -- modulation ------------------------------------------------------------------------------------------------
+
+MARK = "_fastsample_patched"  # on an instance: whether the forward of its patched class runs
+ROWS = "_fastsample_rows"  # on the patched class of a norm over the last axis: which one it is
+
+
+def _vectors(p: Any, x: Tensor) -> Tensor | None:
+    """A scale or shift as the kernels take it: for each sample or for each token, broadcast as PyTorch does it, and
+    no wider than x, whose type the result has; None for all else."""
+    if not isinstance(p, Tensor) or p.ndim != x.ndim or p.shape[-1] != x.shape[-1] or p.device != x.device:
+        return None
+    if torch.promote_types(x.dtype, p.dtype) != x.dtype:
+        return None
+    if p.shape == x.shape:
+        return p
+    if p.shape[0] in (1, x.shape[0]) and all(size == 1 for size in p.shape[1:-1]):
+        return p.expand(x.shape[0], *p.shape[1:])
+    return None
+
+
+def _run_modulation(norm: Any, x: Any, scale: Any, *shift: Any) -> Tensor | None:
+    """``norm(x) * (1 + scale) + shift`` by one kernel, where the norm is still one that was patched."""
+    rows = getattr(norm, ROWS, None)
+    if rows is None or not getattr(norm, MARK, False) or runtime.hooked(norm) or "forward" in vars(norm):
+        return None
+    if not rows.takes(norm, x):
+        return None
+    vectors = [_vectors(p, x) for p in (scale, *shift)]
+    if any(p is None for p in vectors) or rows_supported(x, *vectors) is not None:
+        return None
+    return rows.run(norm, x, *vectors)
+
+
+def _modulate(y: Any, one: Any, scale: Any, *shift: Any) -> Any:
+    y = y * (one + scale)
+    return y + shift[0] if shift else y
+
+
+def run_modulation(self: nn.Module, norm: str, x: Any, *modulation: Any) -> Any:
+    """``norm(x) * (one + scale) + shift``; modulation is (one, scale) or (one, scale, shift)."""
+    module = getattr(self, norm)
+    y = _run_modulation(module, x, *modulation[1:])
+    return _modulate(module(x), *modulation) if y is None else y
+
+
+def run_modulations(self: nn.Module, norm: str, x: Any, *modulations: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Several modulations of the same norm's value: each is cheaper with the norm than without it."""
+    module = getattr(self, norm)
+    results = []
+    for modulation in modulations:
+        y = _run_modulation(module, x, *modulation[1:])
+        if y is None:
+            break
+        results.append(y)
+    if len(results) < len(modulations):
+        y = module(x)
+        results += [_modulate(y, *modulation) for modulation in modulations[len(results) :]]
+    return tuple(results)
+
+
+# -- gated linear units ----------------------------------------------------------------------------------------
+
+METHODS: dict[Any, str] = {}  # methods that are an activation, and which
+
+
+def activation_of(self: nn.Module, name: str) -> str | None:
+    """What the kernels call the activation that an attribute of a module is now."""
+    method = METHODS.get(getattr(type(self), name, None))
+    if method is not None:
+        return None if name in vars(self) else method
+    module = getattr(self, name, None)
+    if not isinstance(module, nn.Module) or runtime.hooked(module) or "forward" in vars(module):
+        return None
+    if type(module) is nn.SiLU:
+        return None if module.inplace else "silu"
+    if type(module) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    return None
+
+
+def run_gate(self: nn.Module, x: Any, name: str | None, function: str | None) -> Any:
+    """``hidden * activation(gate)`` with ``hidden, gate = x.chunk(2, dim=-1)``."""
+    if (
+        isinstance(x, Tensor)
+        and not plain(x)
+        and x.ndim
+        and x.shape[-1] % 2 == 0
+        and gate_supported(x) is None
+    ):
+        kind = function if name is None else activation_of(self, name)
+        if kind == "silu":
+            return swiglu(x)
+        if kind is not None:
+            return geglu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+    hidden, gate = x.chunk(2, dim=-1)
+    if name is not None:
+        return hidden * getattr(self, name)(gate)
+    if function == "silu":
+        return hidden * F.silu(gate)
+    return hidden * F.gelu(gate, approximate="tanh" if function == "gelu_tanh" else "none")
 
 
 # -- group norm and its activation ---------------------------------------------------------------------------

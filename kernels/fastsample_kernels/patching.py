@@ -9,6 +9,7 @@ forward of a module that calls it runs: whatever the module or its processor doe
 
 from __future__ import annotations
 
+import ast
 import copy
 import copyreg
 import functools
@@ -22,17 +23,24 @@ from torch import nn
 
 from . import _runtime as runtime
 from ._forwards import (
+    MARK,
+    METHODS,
+    ROWS,
+    activation_of,
     attending_forward,
     group_norm_forward,
     is_group_norm,
     rows_forward,
     rows_norm,
+    run_gate,
+    run_modulation,
+    run_modulations,
     run_pair,
     sequential_forward,
 )
-from ._rewrite import fused
+from ._patterns import gate_method
+from ._rewrite import Fused, Guards, Site, Wanted, fused
 
-_MARK = "_fastsample_patched"  # on an instance: whether the forward of its patched class runs
 _BASE = "_fastsample_base"  # on a patched class: the class that it was made of
 
 
@@ -71,8 +79,9 @@ def patch(model: nn.Module, *, attention: bool = False) -> Report:
     """Put the kernels into a model, in place; :func:`unpatch` takes them out.
 
     GroupNorm, LayerNorm and RMSNorm modules run the kernels where these can take the call. GroupNorm followed
-    by SiLU (with a modulation in between, too) runs as one, where the source of the module that holds
-    both, or the order of an ``nn.Sequential``, proves that nobody sees the values in between.
+    by SiLU (with a modulation in between, too), LayerNorm and RMSNorm followed by a modulation, and gated linear units
+    run as one, where the source of the module that holds their parts, or the order of an ``nn.Sequential``, proves
+    that nobody sees the values in between.
 
     Args:
         model: any module; already patched ones are patched anew.
@@ -98,17 +107,21 @@ def patch(model: nn.Module, *, attention: bool = False) -> Report:
             if _is_a_norm(module) or why != _PARAMETRIZED:
                 report.kept[name or type(module).__name__] = why
             continue
-        forward, pairs = _fuse(module)
-        for norm in pairs:
-            fused_norms.add(id(getattr(module, norm, None) if isinstance(norm, str) else norm))
+        forward, what, norms, missed = _fuse(module)
+        fused_norms.update(map(id, norms))
         if forward is not None:
             forwards[module] = forward
-            report.replaced[name or type(module).__name__] = f"{len(pairs)} group_norm + silu"
+            report.replaced[name or type(module).__name__] = what
+        if missed:
+            report.kept[name or type(module).__name__] = "; ".join(sorted(set(missed)))
     for name, module in model.named_modules():
-        if id(module) in fused_norms or module in forwards or _why_not(module) is not None:
+        if module in forwards or _why_not(module) is not None:
             continue
         forward = _forward_of(module)
-        if forward is not None:
+        if forward is not None and id(module) in fused_norms:
+            if not is_group_norm(module):
+                forwards[module] = forward  # as a part of what is reported already
+        elif forward is not None:
             forwards[module] = forward
             report.replaced[name or type(module).__name__] = forward.__name__.removesuffix("_forward")
         elif _is_a_norm(module):
@@ -129,7 +142,7 @@ def patch(model: nn.Module, *, attention: bool = False) -> Report:
     for module, forward in forwards.items():
         cls: Any = type(module)
         module.__class__ = _patched(cls, forward)
-        vars(module)[_MARK] = True
+        vars(module)[MARK] = True
     return report
 
 
@@ -142,7 +155,7 @@ def unpatch(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give an nn.Module")
     for module in model.modules():
-        vars(module).pop(_MARK, None)
+        vars(module).pop(MARK, None)
         if _BASE in vars(type(module)):
             module.__class__ = getattr(type(module), _BASE)
 
@@ -172,10 +185,11 @@ def _patched(cls: Any, forward: Callable[..., Any]) -> type[nn.Module]:
     @functools.wraps(forward)
     def marked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Without the mark in classes that others derived from this one, after unpatch.
-        return (forward if getattr(self, _MARK, False) else cls.forward)(self, *args, **kwargs)
+        return (forward if getattr(self, MARK, False) else cls.forward)(self, *args, **kwargs)
 
     names = ("__module__", "__qualname__", "__doc__")
     content = {name: getattr(cls, name) for name in names} | {_BASE: cls, "forward": marked}
+    content |= {ROWS: forward.rows} if hasattr(forward, "rows") else {}
     if cls.__reduce_ex__ is object.__reduce_ex__ and cls.__reduce__ is object.__reduce__:
         content |= {"__reduce_ex__": _reduce_ex}
         if not hasattr(cls, "__copy__"):
@@ -190,7 +204,7 @@ def _reduce_ex(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     reduced: Any = object.__reduce_ex__(self, max(2, int(protocol)))
     state, *rest = reduced[2:]
     if isinstance(state, dict):
-        state = {key: value for key, value in state.items() if key != _MARK}
+        state = {key: value for key, value in state.items() if key != MARK}
     return (copyreg._reconstructor, (getattr(type(self), _BASE), object, None), state, *rest)  # type: ignore[attr-defined]
 
 
@@ -261,24 +275,118 @@ def _attends(module: nn.Module) -> bool:
     return any(code is not None and not _ATTENTION.isdisjoint(code.co_names) for code in codes)
 
 
+# -- forwards that are rewritten -------------------------------------------------------------------------------
+
+_HELPERS: dict[str, Callable[..., Any]] = {
+    "pair": run_pair,
+    "modulate": run_modulation,
+    "modulate_each": run_modulations,
+    "gate": run_gate,
+}
+
+
 @functools.cache
-def _rewritten(forward: Any, pairs: frozenset[tuple[str, str | None]]) -> Any:
-    return fused(forward, run_pair, lambda norm, act: (norm, act) in pairs)
+def _rewritten(forward: Any, wanted: Wanted) -> Fused:
+    return fused(forward, wanted, _HELPERS)
 
 
-def _fuse(module: nn.Module) -> tuple[Callable[..., Any] | None, list[Any]]:
-    """A forward that fuses a module's pairs, if any; the group norms of these, by attribute or themselves."""
+def _fuse(module: nn.Module) -> tuple[Callable[..., Any] | None, str, list[nn.Module], list[str]]:
+    """A forward that computes by one kernel what a module does in several, if any; what it fuses; the norms in that;
+    and why what looks like more is left."""
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         modules = list(module)
         pairs = [a for a, b in itertools.pairwise(modules) if is_group_norm(a) and type(b) is nn.SiLU]
-        return (sequential_forward, pairs) if pairs else (None, [])
+        return (
+            (sequential_forward, f"{len(pairs)} group_norm + silu", pairs, [])
+            if pairs
+            else (None, "", [], [])
+        )
+    wanted = _wanted(module)
+    if not wanted.pairs and not wanted.norms and "chunk" not in _names_in_forward(type(module)):
+        return None, "", [], []
+    found = _rewritten(type(module).forward, wanted)
+    sites = [site for site in found.sites if not _never(module, site.guards)]
+    missed = [why for why, guards in found.missed if not _never(module, guards)]
+    counts = dict.fromkeys((_said(module, site) for site in sites), 0)
+    pairs_seen: set[str | None] = set()
+    for site in sites:
+        counts[_said(module, site)] += site.kind != "pair" or site.norm not in pairs_seen
+        pairs_seen.add(site.norm)
+    norms = [getattr(module, site.norm) for site in sites if site.norm is not None]
+    said = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
+    return found.forward if sites else None, said, norms, missed
+
+
+def _wanted(module: nn.Module) -> Wanted:
     children = dict(module.named_children())
-    norms = [name for name, child in children.items() if is_group_norm(child)]
-    if not norms:
-        return None, []
     acts: list[str | None] = [None, *(name for name, child in children.items() if type(child) is nn.SiLU)]
-    found = _rewritten(type(module).forward, frozenset((norm, act) for norm in norms for act in acts))
-    if found is None:
-        return None, []
-    forward, pairs_found = found
-    return forward, sorted({pair.norm for pair in pairs_found})
+    pairs = ((name, act) for name, child in children.items() if is_group_norm(child) for act in acts)
+    norms = (
+        name
+        for name, child in children.items()
+        if rows_norm(child) is not None and _forward_of(child) is not None and _why_not(child) is None
+    )
+    cls: Any = type(module)
+    names = (*children, *_gate_methods(cls))
+    gates = (name for name in names if activation_of(module, name) is not None)
+    return Wanted(frozenset(pairs), frozenset(norms), frozenset(gates))
+
+
+def _names_in_forward(cls: Any) -> tuple[str, ...]:
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    return () if code is None else code.co_names
+
+
+@functools.cache
+def _gate_methods(cls: Any) -> list[str]:
+    """Methods that a class's forward may call and that are an activation."""
+    found = []
+    for name in _names_in_forward(cls):
+        method = inspect.getattr_static(cls, name, None)
+        if inspect.isfunction(method) and (kind := gate_method(method)) is not None:
+            METHODS[method] = kind
+            found.append(name)
+    return found
+
+
+def _said(module: nn.Module, site: Site) -> str:
+    """What a site is called in the report."""
+    if site.kind == "pair":
+        return "group_norm + silu"
+    if site.kind == "modulate":
+        return f"{rows_norm(getattr(module, site.norm or '')).name} + modulate"  # type: ignore[union-attr]
+    activation = site.activation or ""
+    return "swiglu" if (activation_of(module, activation) or activation) == "silu" else "geglu"
+
+
+def _never(module: nn.Module, guards: Guards) -> bool:
+    """Whether a module's attributes, compared with texts, say that a piece of its code does not run."""
+    return any(_truth(module, test) is (not value) for test, value in guards)
+
+
+def _truth(module: nn.Module, test: ast.expr) -> bool | None:
+    """A condition's value, where it is the same from call to call for all we know."""
+    match test:
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            value = _truth(module, operand)
+            return None if value is None else not value
+        case ast.BoolOp(op=op, values=parts):
+            values = [_truth(module, part) for part in parts]
+            decides = isinstance(op, ast.Or)
+            if decides in values:
+                return decides
+            return None if None in values else not decides
+        case ast.Compare(left=left, ops=[op], comparators=[right]):
+            owner, _, name = ast.unparse(left).partition(".")
+            value = vars(module).get(name)
+            try:
+                other = ast.literal_eval(right)
+            except ValueError:
+                return None
+            if owner != "self" or not isinstance(value, str):
+                return None
+            if isinstance(op, (ast.Eq, ast.NotEq)) and isinstance(other, str):
+                return (value == other) is isinstance(op, ast.Eq)
+            if isinstance(op, (ast.In, ast.NotIn)) and isinstance(other, (list, tuple, set)):
+                return (value in other) is isinstance(op, ast.In)
+    return None

@@ -196,6 +196,20 @@ FUSED = {
     "PixArt": 0,
     "Flux": 0,
 }
+# norms that run with their modulation
+MODULATED = {
+    "UNet2DModel": 0,
+    "UNet2DModel, scale-shift": 0,
+    "UNet2DConditionModel": 0,
+    "AutoencoderKL": 0,
+    "DiT": 5,  # two a block, and the last one
+    "SD3": 4,  # the block's own two, one of the context, and the last one
+    "SD3.5": 9,  # one of the first block runs twice, for each attention
+    "PixArt": 3,
+    "Flux": 6,
+}
+# gated linear units
+GATED = {name: 4 if name == "UNet2DConditionModel" else 0 for name in CASES}
 # modules that call PyTorch's attention
 ATTENDING = {
     "UNet2DModel": 4,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 
 import models
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_close_enough
-from diffusers.models import normalization
+from diffusers.models import activations, normalization
 from torch import Tensor, nn
 
 import fastsample_kernels as fk
@@ -25,12 +26,13 @@ def test_outputs_and_gradients_agree(name: str, monkeypatch: pytest.MonkeyPatch)
     report = fk.patch(model)
     assert report.runs_here is None
     runs: list[str] = []
-    for kernel in ("group_norm", "layer_norm", "rms_norm"):
+    for kernel in ("group_norm", "layer_norm", "rms_norm", "geglu", "swiglu"):
         original = getattr(_forwards, kernel)
 
         def counting(*args, kernel=kernel, original=original, **kwargs) -> Tensor:
             assert "Triton" in fk.explain(kernel, *args, **kwargs)
-            runs.append(kernel + ("+silu" if kwargs.get("activation") else ""))
+            modulated = "+modulate" if kwargs.get("scale") is not None else ""
+            runs.append(kernel + ("+silu" if kwargs.get("activation") else modulated))
             return original(*args, **kwargs)
 
         monkeypatch.setattr(_forwards, kernel, counting)
@@ -39,6 +41,8 @@ def test_outputs_and_gradients_agree(name: str, monkeypatch: pytest.MonkeyPatch)
     for a, b in zip(gradients, again, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
     assert runs.count("group_norm+silu") == models.FUSED[name]
+    assert sum(run.endswith("_norm+modulate") for run in runs) == models.MODULATED[name]
+    assert runs.count("geglu") == models.GATED[name]
     assert len(runs) >= len(report.replaced)
 
 
@@ -204,6 +208,302 @@ def test_rms_norm_without_eps_is_pytorchs(dtype: torch.dtype, size: float) -> No
     torch.testing.assert_close(norm(x).double(), exact, rtol=2 * ulp, atol=0)
 
 
+# -- modulated norms -------------------------------------------------------------------------------------------
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class DiTBlock(nn.Module):
+    """A block as in the code of DiT (Peebles & Xie 2023), with a gated linear unit."""
+
+    def __init__(self, norm: type[nn.Module] = nn.LayerNorm) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(16, elementwise_affine=False, eps=1e-6)
+        self.norm2 = norm(16, eps=1e-6)
+        self.attn, self.mlp1, self.mlp2 = nn.Linear(16, 16), nn.Linear(16, 48), nn.Linear(24, 16)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(8, 96))
+        self.act = nn.GELU(approximate="tanh")
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.modulation(c).chunk(6, dim=1)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        h = self.norm2(x)
+        h, gate = self.mlp1(modulate(h, shift_mlp, scale_mlp)).chunk(2, dim=-1)
+        return x + gate_mlp.unsqueeze(1) * self.mlp2(h * self.act(gate))
+
+
+class Counter:
+    """Which kernels ran, with which arguments."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs: list[str] = []
+        for kernel in ("layer_norm", "rms_norm", "geglu", "swiglu"):
+            original = getattr(_forwards, kernel)
+
+            def counting(*args, kernel=kernel, original=original, **kwargs) -> Tensor:
+                assert "Triton" in fk.explain(kernel, *args, **kwargs)
+                self.runs.append(kernel + (" + modulate" if kwargs.get("scale") is not None else ""))
+                return original(*args, **kwargs)
+
+            monkeypatch.setattr(_forwards, kernel, counting)
+
+
+def results(module: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    """The output, and gradients of a weighting of it by everything that has some."""
+    given = [x.detach().requires_grad_() for x in inputs]
+    module.zero_grad()
+    y = module(*given)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
+    (y * weights).sum().backward()
+    found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    found |= {f"input {i}": x.grad for i, x in enumerate(given) if x.grad is not None}
+    return {"y": y.detach()} | {name: g.detach().clone() for name, g in found.items()}
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, normalization.RMSNorm])
+def test_a_dit_block_is_as_exact_as_plain_torch(norm, dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    block = DiTBlock(norm).to(dtype)
+    x, c = randn(3, 5, 16, seed=1).to(dtype), randn(3, 8, seed=2).to(dtype)
+    low = results(block, x, c)
+    reference = copy.deepcopy(block).double()
+    if norm is normalization.RMSNorm:
+        reference.norm2 = nn.RMSNorm(16, eps=1e-6, dtype=torch.float64)
+        reference.norm2.load_state_dict(block.norm2.state_dict())
+    exact = results(reference, x.double(), c.double())
+    keys = list(block.state_dict())
+    report = fk.patch(block)
+    name = "layer_norm" if norm is nn.LayerNorm else "rms_norm"
+    expected = ["layer_norm + modulate", f"{name} + modulate", "geglu"]
+    said = (
+        "2 layer_norm + modulate" if norm is nn.LayerNorm else f"1 layer_norm + modulate, 1 {name} + modulate"
+    )
+    assert report.replaced == {"DiTBlock": f"1 geglu, {said}"}
+    counter = Counter(monkeypatch)
+    assert_close_enough(results(block, x, c), low, exact)
+    assert counter.runs == expected
+    assert list(block.state_dict()) == keys
+    copied = copy.deepcopy(block)
+    fk.unpatch(block)
+    assert all(torch.equal(a, low[name]) for name, a in results(block, x, c).items())
+    assert counter.runs == expected
+    results(copied, x, c)
+    assert counter.runs == 2 * expected
+    results(pickle.loads(pickle.dumps(copied)), x, c)
+    assert counter.runs == 2 * expected
+
+
+def test_a_dit_block_compiles_whole() -> None:
+    torch.manual_seed(0)
+    block = DiTBlock(normalization.RMSNorm)
+    x, c = randn(3, 5, 16), randn(3, 8, seed=1)
+    wanted = results(block, x, c)
+    fk.patch(block)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        {name.removeprefix("_orig_mod."): t for name, t in results(compiled, x, c).items()},
+        wanted,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+class Modulated(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        x = self.norm(x)
+        return x * (1 + scale) + shift
+
+
+# shape of x, of scale and of shift, their types, and whether the kernel takes them
+LOW = torch.bfloat16
+FULL = torch.float32
+CALLS = [
+    ((2, 3, 8), (2, 1, 8), (2, 1, 8), FULL, FULL, True),
+    ((2, 3, 8), (1, 1, 8), (2, 1, 8), FULL, FULL, True),
+    ((2, 3, 8), (2, 3, 8), (2, 1, 8), FULL, FULL, True),  # one for each token
+    ((2, 3, 4, 8), (2, 1, 1, 8), (2, 3, 4, 8), FULL, FULL, True),
+    ((2, 8), (2, 8), (1, 8), FULL, FULL, True),
+    ((2, 3, 8), (2, 1, 8), (2, 1, 8), FULL, LOW, True),
+    ((2, 3, 8), (2, 1, 8), (2, 1, 8), LOW, FULL, False),  # the result is float32
+    ((2, 2, 8), (2, 8), (2, 8), FULL, FULL, False),  # one for each position
+    ((2, 3, 8), (8,), (8,), FULL, FULL, False),
+    ((2, 3, 8), (2, 1, 1), (2, 1, 8), FULL, FULL, False),
+    ((2, 3, 8), (), (), FULL, FULL, False),
+    ((2, 3, 8), (1, 3, 8), (1, 3, 8), FULL, FULL, False),
+    ((1, 3, 8), (2, 1, 8), (2, 1, 8), FULL, FULL, False),  # the result has another batch
+    ((2, 3, 4, 8), (2, 3, 1, 8), (2, 3, 1, 8), FULL, FULL, False),
+    ((8,), (8,), (8,), FULL, FULL, False),
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_a_modulation_of_another_shape_or_type_runs_the_modules(
+    call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *shapes, dtype, low, taken = call
+    x, scale, shift = (randn(*shape, seed=i) for i, shape in enumerate(shapes))
+    x, scale, shift = x.to(dtype), scale.to(low), shift.to(low)
+    module = Modulated(nn.LayerNorm(8).to(dtype))
+    wanted = results(module, x, scale, shift)
+    assert fk.patch(module).replaced == {"Modulated": "1 layer_norm + modulate"}
+    counter = Counter(monkeypatch)
+    got = results(module, x, scale, shift)
+    assert ("layer_norm + modulate" in counter.runs) == taken
+    assert (got["y"].dtype, got["y"].shape) == (wanted["y"].dtype, wanted["y"].shape)
+    tolerance = 1e-5 if low == FULL == dtype else 3e-2
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("norm", "taken"),
+    [
+        (normalization.RMSNorm(8, 1e-6), True),
+        (normalization.RMSNorm(8, 1e-6, bias=True), True),
+        (normalization.FP32LayerNorm(8), True),
+        (nn.RMSNorm(8), True),
+        (nn.LayerNorm((3, 8)), False),
+        (nn.Identity(), False),
+    ],
+    ids=repr,
+)
+def test_norms_that_are_modulated(norm, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Modulated(norm)
+    with torch.no_grad():
+        for i, p in enumerate(module.parameters()):
+            p.copy_(randn(*p.shape, seed=i))
+    inputs = randn(2, 3, 8), randn(2, 1, 8, seed=1), randn(2, 1, 8, seed=2)
+    wanted = results(module, *inputs)
+    assert ("Modulated" in fk.patch(module).replaced) == taken
+    counter = Counter(monkeypatch)
+    torch.testing.assert_close(results(module, *inputs), wanted, rtol=1e-4, atol=1e-5)
+    assert bool(counter.runs) == taken
+
+
+def test_norms_with_hooks_and_exchanged_ones_are_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, scale, shift = randn(2, 3, 8), randn(2, 1, 8, seed=1), randn(2, 1, 8, seed=2)
+    module = Modulated(nn.LayerNorm(8))
+    wanted = module(x, scale, shift)
+    fk.patch(module)
+    counter = Counter(monkeypatch)
+    seen: list[Tensor] = []
+    handle = module.norm.register_forward_hook(lambda norm, args, y: seen.append(y))
+    torch.testing.assert_close(module(x, scale, shift), wanted)
+    assert counter.runs == ["layer_norm"]
+    torch.testing.assert_close(seen[0], F.layer_norm(x, (8,)))
+    handle.remove()
+    module.norm.forward = lambda x: 2 * x
+    assert torch.equal(module(x, scale, shift), 2 * x * (1 + scale) + shift)
+    del module.norm.forward
+    module(x, scale, shift)
+    assert counter.runs.pop() == "layer_norm + modulate"
+    norm = module.norm
+    module.norm = nn.Identity()
+    assert torch.equal(module(x, scale, shift), x * (1 + scale) + shift)
+    module.norm = norm
+    fk.unpatch(module.norm)
+    assert torch.equal(module(x, scale, shift), wanted)
+    assert counter.runs == ["layer_norm"]
+
+
+def test_errors_are_those_of_the_code() -> None:
+    module = Modulated(nn.LayerNorm(8))
+    fk.patch(module)
+    for scale, shift in ((None, torch.zeros(2, 1, 8)), (torch.zeros(2, 1, 8), None)):
+        with pytest.raises(TypeError):
+            module(randn(2, 3, 8), scale, shift)
+    with pytest.raises(RuntimeError, match="must match"):
+        module(randn(2, 3, 8), torch.zeros(3, 1, 8), torch.zeros(3, 1, 8))
+
+
+# -- gated linear units ----------------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.proj, self.act = nn.Linear(8, 32), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = self.proj(x).chunk(2, dim=-1)
+        return hidden * self.act(gate)
+
+
+class OfFunctions(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = self.proj(x).chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * hidden
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("module", "kernel"),
+    [
+        (Gated(nn.SiLU()), "swiglu"),
+        (Gated(nn.GELU()), "geglu"),
+        (Gated(nn.GELU(approximate="tanh")), "geglu"),
+        (OfFunctions(nn.Identity()), "geglu"),
+        (activations.GEGLU(8, 16), "geglu"),
+        (activations.SwiGLU(8, 16), "swiglu"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else f"{type(v).__name__} {getattr(v, 'act', '')}",
+)
+def test_gated_linear_units(module, kernel, dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = copy.deepcopy(module).to(dtype)
+    x = 2 * randn(3, 5, 8).to(dtype)
+    low, exact = results(module, x), results(copy.deepcopy(module).double(), x.double())
+    assert fk.patch(module).replaced == {type(module).__name__: f"1 {kernel}"}
+    counter = Counter(monkeypatch)
+    got = results(module, x)
+    assert_close_enough(got, low, exact)
+    assert counter.runs == [kernel]
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), got["y"])
+    fk.unpatch(module)
+    assert torch.equal(module(x), low["y"])
+
+
+def test_a_gate_with_hooks_or_another_activation_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, module = randn(3, 8), Gated(nn.SiLU())
+    fk.patch(module)
+    counter = Counter(monkeypatch)
+    for act in (nn.ReLU(), nn.SiLU(inplace=True), nn.Sequential(nn.SiLU())):
+        module.act = act
+        with torch.no_grad():
+            hidden, gate = module.proj(x).chunk(2, -1)
+            torch.testing.assert_close(module(x), hidden * act(gate.clone()))
+    module.act = nn.SiLU()
+    seen: list[str] = []
+    module.act.register_forward_hook(lambda *_: seen.append("act"))
+    module(x)
+    assert seen == ["act"]
+    assert not counter.runs
+    geglu = activations.GEGLU(8, 16)
+    fk.patch(geglu)
+    geglu.gelu = lambda gate: 0 * gate
+    assert torch.equal(geglu(x), torch.zeros(3, 16))
+    del geglu.gelu
+    monkeypatch.setattr(activations.GEGLU, "gelu", lambda self, gate: 0 * gate)
+    assert torch.equal(geglu(x), torch.zeros(3, 16))
+    assert not counter.runs
+
+
+# -- norms by themselves ---------------------------------------------------------------------------------------
+
+
 def diffusers_norms() -> list:
     """(norm, input's type, whether the kernel gives what it gives)"""
     rms, layer, low, single = (
@@ -306,7 +606,9 @@ def test_vectors_without_a_batch_run_the_modules() -> None:
 def test_copies_run_the_kernels_with_their_own_weights(copied, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[Tensor] = []
     original = _forwards.layer_norm
-    monkeypatch.setattr(_forwards, "layer_norm", lambda *args: runs.append(args[1]) or original(*args))
+    monkeypatch.setattr(
+        _forwards, "layer_norm", lambda *args, **kw: runs.append(args[1]) or original(*args, **kw)
+    )
     norm = nn.LayerNorm(4)
     fk.patch(norm)
     other = copied(norm)

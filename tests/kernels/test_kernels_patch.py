@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import io
 import pickle
 import subprocess
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import fastsample as fs
 import fastsample_kernels as fk
 from fastsample_kernels import _runtime
-from fastsample_kernels._rewrite import fused
+from fastsample_kernels._rewrite import Wanted, fused
 
 
 def patched(model: nn.Module) -> bool:
@@ -61,10 +62,15 @@ def test_every_norm_is_replaced_or_reported(name: str) -> None:
     classes = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, normalization.RMSNorm)
     norms = {n for n, m in model.named_modules() if isinstance(m, classes)}
     report = fk.patch(model)
-    alone = {n for n, what in report.replaced.items() if not what.endswith("silu")}
-    with_activation = sum(int(what.split()[0]) for what in report.replaced.values() if what.endswith("silu"))
-    assert len(alone) + with_activation == len(norms)
-    assert with_activation == models.FUSED[name]
+    counts: dict[str, int] = {}
+    for part in (part for what in report.replaced.values() for part in what.split(", ")):
+        number, _, what = part.partition(" ") if part[0].isdigit() else ("1", "", part)
+        counts[what] = counts.get(what, 0) + int(number)
+    assert counts.get("group_norm + silu", 0) == models.FUSED[name]
+    modulated = sum(n for what, n in counts.items() if what.endswith("modulate"))
+    assert modulated == models.MODULATED[name] - (name == "SD3.5")
+    assert counts.pop("geglu", 0) == models.GATED[name]
+    assert sum(counts.values()) == len(norms)
     attention = {n for n, m in model.named_modules() if hasattr(m, "processor") and hasattr(m, "to_q")}
     assert len(attention) == models.ATTENDING[name]
     assert attention <= set(report.kept)
@@ -431,6 +437,13 @@ FORWARDS = [
 ]
 
 
+WANTED = Wanted(
+    pairs=frozenset({("norm", None), ("norm", "act")}),
+    norms=frozenset({"rows", "rows2"}),
+    gates=frozenset({"act", "gelu"}),
+)
+
+
 @pytest.mark.parametrize(("cls", "calls", "pairs"), FORWARDS, ids=lambda v: getattr(v, "__name__", ""))
 def test_only_what_the_source_proves_is_fused(cls: type[Block], calls: list, pairs: int) -> None:
     """The rewritten forward computes the same, and the helper gets exactly the pairs that are private."""
@@ -443,12 +456,13 @@ def test_only_what_the_source_proves_is_fused(cls: type[Block], calls: list, pai
         y = y if scale is None else y * (1 + scale) + shift
         return F.silu(y) if activation is None else getattr(self, activation)(y)
 
-    found = fused(cls.forward, helper, lambda norm, act: norm == "norm" and act in (None, "act"))
-    assert (0 if found is None else len(found[1])) == pairs
-    if found is None:
+    found = fused(cls.forward, WANTED, {"pair": helper})
+    assert [site.kind for site in found.sites] == ["pair"] * pairs
+    assert (found.forward is None) == (not pairs)
+    if found.forward is None:
         return
     for arguments in calls:
-        torch.testing.assert_close(found[0](block, X, *arguments), block(X, *arguments), rtol=0, atol=0)
+        torch.testing.assert_close(found.forward(block, X, *arguments), block(X, *arguments), rtol=0, atol=0)
     assert runs
 
 
@@ -461,8 +475,423 @@ def test_patched_they_compute_the_same(cls: type[Block]) -> None:
 
 
 def test_defaults_and_keywords_are_kept() -> None:
-    made, _ = fused(Functional.forward, lambda self, norm, act, x, *_: x, lambda *_: True)
+    made = fused(Functional.forward, WANTED, {"pair": lambda self, norm, act, x, *_: x}).forward
     block = Functional()
     assert torch.equal(made(block, X), X)
     assert torch.equal(made(block, X, scale=3.0), 3 * X)
     assert made.__qualname__ == "Functional.forward"
+
+
+# -- modulated norms and gated linear units ---------------------------------------------------------------
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """As in the code of DiT."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def modulated_by_keyword(scale: Tensor, hidden: Tensor) -> Tensor:
+    hidden = (1.0 + scale)[:, None] * hidden
+    return hidden
+
+
+def nearly_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1) + x
+
+
+def counting(function):
+    """A decorator that hides what it decorates."""
+    return lambda *args: function(*args)
+
+
+@counting
+def decorated_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class Rows(nn.Module):
+    """Norms over the last axis and what may follow them; forwards take x, scale and shift."""
+
+    forward: object
+
+    def __init__(self, forward=None) -> None:
+        super().__init__()
+        self.rows, self.rows2 = nn.LayerNorm(4), nn.LayerNorm(4, elementwise_affine=False)
+        self.linear, self.drop = nn.Linear(4, 8), nn.Dropout(0.5)
+        self.act, self.act2 = nn.SiLU(), nn.ReLU()
+        self.kind = "a"
+
+    def gelu(self, gate: Tensor) -> Tensor:
+        if gate.device.type == "mps" and gate.ndim:
+            return F.gelu(gate.float()).to(gate.dtype)
+        return F.gelu(gate, approximate="tanh")
+
+    def other(self, gate: Tensor) -> Tensor:
+        return F.gelu(gate) + 1
+
+
+def one_expression(self, x, s, t):
+    return self.rows(x) * (1 + s[:, None]) + t[:, None]
+
+
+def turned_round(self, x, s, t):
+    x = t.unsqueeze(1) + (s + 1)[:, None, :] * self.rows(2 * x)
+    return self.linear(x)
+
+
+def without_a_shift(self, x, s, t):
+    return (self.rows(x) * (1.0 + s).unsqueeze(1)).to(x.dtype)
+
+
+def two_statements(self, x, s, t):
+    v = self.rows(x)
+    v = v * (1 + s[:, None]) + t[:, None]
+    return v + x
+
+
+def another_name(self, x, s, t):
+    y = x + 1
+    v = self.rows(y)
+    return self.linear(v * (1 + s[:, None]) + t[:, None]), y
+
+
+def on_the_device_of_the_value(self, x, s, t):
+    x = self.rows(x)
+    x = x * (1 + s[:, None].to(x.device)) + t[:, None].to(x.device)
+    return x
+
+
+def pure_statements_between(self, x, s, t):
+    v = self.rows(x)
+    a, b = (s[:, None] + t[:, None]).chunk(2, dim=0)
+    v = v * (1 + a) + b
+    return v
+
+
+def two_norms_between(self, x, s, t):
+    v = self.rows(x)
+    w = self.rows2(x)
+    v = v * (1 + s[:, None]) + t[:, None]
+    x = w * (1 + t[:, None]) + s[:, None]
+    return v, x
+
+
+def two_modulations(self, x, s, t):
+    v = self.rows(x)
+    x = v * (1 + s[:, None]) + t[:, None]
+    w = v * (1 + t[:, None])
+    return x, w
+
+
+def modulated_on_a_condition(self, x, s, t):
+    if self.kind == "a":
+        v = self.rows(x)
+    elif self.kind not in ("b", "c"):
+        v = self.rows(x, s)
+    if s.ndim == 2:
+        v = v * (1 + s[:, None]) + t[:, None]
+    return v
+
+
+def in_a_loop(self, x, s, t):
+    for _ in range(2):
+        v = self.rows(x)
+        x = v * (1 + s[:, None]) + t[:, None]
+    return x
+
+
+def by_a_function(self, x, s, t):
+    x = x + self.linear(modulate(self.rows(x), t, s))[..., :4]
+    v = self.rows2(x)
+    v = modulate(v, scale=s, shift=t)
+    return v, modulated_by_keyword(s, hidden=self.rows(x))
+
+
+def nested(self, x, s, t):
+    return self.rows(self.rows2(x) * (1 + s[:, None]) + t[:, None]) * (1 + t[:, None]) + s[:, None]
+
+
+def used_again(self, x, s, t):
+    v = self.rows(x)
+    y = v * (1 + s[:, None]) + t[:, None]
+    return y + v
+
+
+def used_again_in_the_next_round(self, x, s, t):
+    v = x
+    for _ in range(2):
+        x = x + v
+        v = self.rows(x)
+        x = v * (1 + s[:, None]) + t[:, None]
+    return x
+
+
+def seen_by_a_function(self, x, s, t):
+    def see():
+        return v
+
+    v = self.rows(x)
+    y = v * (1 + s[:, None]) + t[:, None]
+    return y + see()
+
+
+def seen_by_locals(self, x, s, t):
+    v = self.rows(x)
+    y = v * (1 + s[:, None]) + t[:, None]
+    return y + locals()["v"]
+
+
+def seen_after_an_error(self, x, s, t):
+    try:
+        v = self.rows(x)
+        return v * (1 + s[:, None]) + t[:, None] + self.missing
+    except AttributeError:
+        return v
+
+
+def twice_the_scale(self, x, s, t):
+    return self.rows(x) * (2 + s[:, None]) + t[:, None]
+
+
+def one_minus_the_scale(self, x, s, t):
+    return self.rows(x) * (1 - s[:, None]) + t[:, None]
+
+
+def true_plus_the_scale(self, x, s, t):
+    return self.rows(x) * (True + s[:, None]) + t[:, None]
+
+
+def dropout_between(self, x, s, t):
+    torch.manual_seed(0)
+    v = self.rows(x)
+    v = self.drop(v)
+    v = v * (1 + s[:, None]) + t[:, None]
+    return v + self.drop(self.rows2(x)) * (1 + s[:, None]) + t[:, None]
+
+
+def changed_between(self, x, s, t):
+    x = x.clone()
+    v = self.rows(x)
+    x += 1
+    v = v * (1 + s[:, None]) + t[:, None]
+    return v
+
+
+def rebound_between(self, x, s, t):
+    v = self.rows(x)
+    x = x + 1
+    s = s + v.mean()
+    v = v * (1 + s[:, None]) + t[:, None]
+    return v
+
+
+def scale_of_the_value(self, x, s, t):
+    v = self.rows(x)
+    v = v * (1 + v) + t[:, None]
+    return v
+
+
+def scale_that_does_something(self, x, s, t):
+    return self.rows(x) * (1 + self.act2(s)[:, None]) + t[:, None]
+
+
+def shift_that_does_something(self, x, s, t):
+    return self.rows(x) * (1 + s[:, None]) + self.act2(t)[:, None]
+
+
+def nearly_by_a_function(self, x, s, t):
+    return nearly_modulate(self.rows(x), t, s) + decorated_modulate(self.rows(x), t, s)
+
+
+def function_of_the_same_name(self, x, s, t):
+    def modulate(x, shift, scale):
+        return x + scale[:, None] - shift[:, None]
+
+    return modulate(self.rows(x), t, s)
+
+
+def of_another_self(other, x, s, t):
+    self = other
+    return self.rows(x) * (1 + s[:, None]) + t[:, None]
+
+
+def swiglu(self, x, s, t):
+    h = self.linear(x)
+    h, gate = h.chunk(2, dim=-1)
+    return h * self.act(gate)
+
+
+def geglu_of_functions(self, x, s, t):
+    a, b = torch.chunk(self.linear(x), 2, -1)
+    y = F.gelu(b) * a
+    c, d = self.linear(x).chunk(2, -1)
+    z = c * torch.nn.functional.gelu(d, approximate="tanh")
+    e, f = self.linear(x).chunk(2, -1)
+    return y + z, self.linear(e * F.silu(f))
+
+
+def geglu_of_a_method(self, x, s, t):
+    if s is None:
+        return None
+    else:
+        x, gate = self.linear(x).chunk(2, dim=-1)
+        return self.drop(x * self.gelu(gate)) if s is None else x
+
+
+def geglu_of_a_method_alone(self, x, s, t):
+    x, gate = self.linear(x).chunk(2, dim=-1)
+    return self.linear(x * self.gelu(gate))
+
+
+def first_half_activated(self, x, s, t):
+    gate, up = self.linear(x).chunk(2, dim=-1)
+    return self.act(gate) * up
+
+
+def gate_seen_again(self, x, s, t):
+    h, gate = self.linear(x).chunk(2, dim=-1)
+    y = h * self.act(gate)
+    return y + gate
+
+
+def halves_of_another_axis(self, x, s, t):
+    h, gate = x.chunk(2, dim=1)
+    return h * self.act(gate)
+
+
+def thirds(self, x, s, t):
+    h, gate = self.linear(x)[..., :4].chunk(3, dim=-1)[:2]
+    return h * self.act(gate)
+
+
+def gate_of_relu(self, x, s, t):
+    h, gate = self.linear(x).chunk(2, dim=-1)
+    return h * self.act2(gate)
+
+
+def gate_of_another_method(self, x, s, t):
+    h, gate = self.linear(x).chunk(2, dim=-1)
+    return h * self.other(gate)
+
+
+def gate_activated_twice(self, x, s, t):
+    h, gate = self.linear(x).chunk(2, dim=-1)
+    return h * self.act(self.act(gate))
+
+
+APART = "rows and its modulation stay apart: what is between them may be seen or changed"
+HALVES = "the halves of its gated linear unit may be seen by others"
+# (forward, what the report says is replaced, what it says is kept)
+NEW = [
+    (one_expression, "1 layer_norm + modulate", None),
+    (turned_round, "1 layer_norm + modulate", None),
+    (without_a_shift, "1 layer_norm + modulate", None),
+    (shift_that_does_something, "1 layer_norm + modulate", None),
+    (two_statements, "1 layer_norm + modulate", None),
+    (another_name, "1 layer_norm + modulate", None),
+    (on_the_device_of_the_value, "1 layer_norm + modulate", None),
+    (pure_statements_between, "1 layer_norm + modulate", None),
+    (two_norms_between, "2 layer_norm + modulate", None),
+    (two_modulations, "1 layer_norm + modulate", None),
+    (modulated_on_a_condition, "1 layer_norm + modulate", None),
+    (in_a_loop, "1 layer_norm + modulate", None),
+    (by_a_function, "3 layer_norm + modulate", None),
+    (nested, "2 layer_norm + modulate", None),
+    (used_again, None, APART),
+    (used_again_in_the_next_round, None, APART),
+    (seen_by_a_function, None, APART),
+    (seen_by_locals, None, APART),
+    (seen_after_an_error, None, APART),
+    (twice_the_scale, None, None),
+    (one_minus_the_scale, None, None),
+    (true_plus_the_scale, None, None),
+    (dropout_between, None, f"{APART}; {APART.replace('rows', 'rows2')}"),
+    (changed_between, None, APART),
+    (rebound_between, None, APART),
+    (scale_of_the_value, None, APART),
+    (scale_that_does_something, None, APART),
+    (nearly_by_a_function, None, "nearly_modulate() is not just x * (1 + scale) + shift"),
+    (function_of_the_same_name, None, None),
+    (of_another_self, None, None),
+    (swiglu, "1 swiglu", None),
+    (geglu_of_functions, "2 geglu, 1 swiglu", None),
+    (geglu_of_a_method, None, HALVES),
+    (geglu_of_a_method_alone, "1 geglu", None),
+    (first_half_activated, None, "its gate is the first half, the kernels' the second"),
+    (gate_seen_again, None, HALVES),
+    (halves_of_another_axis, None, None),
+    (thirds, None, None),
+    (gate_of_relu, None, None),
+    (gate_of_another_method, None, None),
+    (gate_activated_twice, None, None),
+]
+
+
+def rows_block(forward) -> Rows:
+    torch.manual_seed(0)
+    block = type("Block", (Rows,), {"forward": forward})()
+    with torch.no_grad():
+        for p in block.parameters():
+            p.copy_(torch.randn(p.shape))
+    return block
+
+
+@pytest.mark.parametrize(("forward", "replaced", "kept"), NEW, ids=lambda v: getattr(v, "__name__", ""))
+def test_modulations_and_gates_are_found_where_the_source_proves_them(forward, replaced, kept) -> None:
+    block = rows_block(forward)
+    args = X[:, :, :4], S[:, :, 0], 2 * S[:, :, 0] + 1
+    if forward is pure_statements_between:
+        args = args[0][:1].expand(2, 4, 4), *args[1:]
+    wanted = block(*args)
+    report = fk.patch(block)
+    assert report.replaced.pop("Block", None) == replaced
+    assert report.kept.get("Block") == kept
+    # A norm that is in none of them is replaced by itself.
+    fused_norms = int(replaced.split()[0]) if replaced and "modulate" in replaced else 0
+    alone = {"rows", "rows2"} - set(report.replaced)
+    assert len(alone) == min(fused_norms, 2)
+    got = block(*args)
+    for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (got, wanted)), strict=True):
+        assert torch.equal(a, b)
+    fk.unpatch(block)
+    assert not patched(block)
+
+
+def test_the_function_that_modulates_may_be_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = rows_block(by_a_function)
+    fk.patch(block)
+    monkeypatch.setattr(sys.modules[__name__], "modulate", lambda x, shift, scale: 0 * x)
+    x, s = X[:, :, :4], S[:, :, 0]
+    assert torch.equal(block(x, s, s)[0], torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "ada_norm_zero", "ada_norm_single", "ada_norm"])
+def test_code_that_never_runs_is_not_reported(kind: str) -> None:
+    from diffusers.models.attention import BasicTransformerBlock
+
+    block = BasicTransformerBlock(8, 2, 4, norm_type=kind, num_embeds_ada_norm=5, cross_attention_dim=8)
+    report = fk.patch(block)
+    wanted = {"ada_norm_zero": "1 layer_norm + modulate", "ada_norm_single": "2 layer_norm + modulate"}
+    assert report.replaced.get("BasicTransformerBlock") == wanted.get(kind)
+    assert "BasicTransformerBlock" not in report.kept
+    assert report.replaced["ff.net.0"] == "1 geglu"
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "options", "replaced"),
+    [
+        ("wan", "WanTransformerBlock", {"ffn_dim": 8, "num_heads": 2}, "2 layer_norm + modulate"),
+        ("ltx", "LTXVideoTransformerBlock", {"cross_attention_dim": 8}, "2 rms_norm + modulate"),
+        ("hunyuan_video", "HunyuanVideoTransformerBlock", {"mlp_ratio": 2}, "2 layer_norm + modulate"),
+        ("cogview4", "CogView4TransformerBlock", {}, "2 layer_norm + modulate"),
+        ("flux2", "Flux2SingleTransformerBlock", {}, "1 layer_norm + modulate"),
+    ],
+)
+def test_blocks_of_other_models_are_found_by_what_they_do(place, name, options, replaced) -> None:
+    module = importlib.import_module(f"diffusers.models.transformers.transformer_{place}")
+    heads = {} if "num_heads" in options else {"num_attention_heads": 2, "attention_head_dim": 4}
+    with torch.device("meta"):
+        block = getattr(module, name)(**({} if place == "hunyuan_video" else {"dim": 8}), **heads, **options)
+    report = fk.patch(block)
+    assert report.replaced[name] == replaced
+    assert name not in report.kept
