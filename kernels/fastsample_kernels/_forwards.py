@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from . import _runtime as runtime
 from .attention import attention as fused_attention
 from .attention import supported as attention_supported
+from .dit import Norm, gated_residual_norm, geglu, layer_norm, rms_norm, swiglu
 from .dit import _why_not_glu as gate_supported
-from .dit import geglu, layer_norm, rms_norm, swiglu
 from .dit import supported as rows_supported
 from .group_norm import group_norm, supported
 
@@ -53,10 +53,15 @@ def _rows(x: Any, size: int | None, *parameters: Tensor | None) -> bool:
     return (size is None or x.shape[-1] == size) and rows_supported(x, *parameters) is None
 
 
+def _eps(norm: Any, x: Tensor) -> float:
+    return runtime.rms_norm_eps(x.dtype, x.device.type) if norm.eps is None else norm.eps
+
+
 class LayerNorm:
     """``nn.LayerNorm``, and diffusers' FP32LayerNorm, whose arithmetic and types are those of the kernel anyway."""
 
     name = "layer_norm"
+    kind: Norm = "layer"
 
     @staticmethod
     def shape(norm: Any) -> tuple[int, ...]:
@@ -75,6 +80,7 @@ class RMSNorm:
     """``nn.RMSNorm``."""
 
     name = "rms_norm"
+    kind: Norm = "rms"
 
     @staticmethod
     def shape(norm: Any) -> tuple[int, ...]:
@@ -86,8 +92,7 @@ class RMSNorm:
 
     @staticmethod
     def run(norm: Any, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        eps = runtime.rms_norm_eps(x.dtype, x.device.type) if norm.eps is None else norm.eps
-        return rms_norm(x, norm.weight, eps, scale=scale, shift=shift)
+        return rms_norm(x, norm.weight, _eps(norm, x), scale=scale, shift=shift)
 
 
 class DiffusersRMSNorm:
@@ -95,6 +100,7 @@ class DiffusersRMSNorm:
     wider of weight and input otherwise. The kernel's is that of the input, so all types have to be the same."""
 
     name = "rms_norm"
+    kind: Norm = "rms"
 
     @staticmethod
     def shape(norm: Any) -> tuple[int, ...]:
@@ -181,12 +187,18 @@ def _vectors(p: Any, x: Tensor) -> Tensor | None:
     return None
 
 
-def _run_modulation(norm: Any, x: Any, scale: Any, *shift: Any) -> Tensor | None:
-    """``norm(x) * (1 + scale) + shift`` by one kernel, where the norm is still one that was patched."""
+def _rows_of(norm: Any, x: Any) -> Any | None:
+    """Which norm a module is that was patched and still is as it was, where the kernels take x."""
     rows = getattr(norm, ROWS, None)
     if rows is None or not getattr(norm, MARK, False) or runtime.hooked(norm) or "forward" in vars(norm):
         return None
-    if not rows.takes(norm, x):
+    return rows if rows.takes(norm, x) else None
+
+
+def _run_modulation(norm: Any, x: Any, scale: Any, *shift: Any) -> Tensor | None:
+    """``norm(x) * (1 + scale) + shift`` by one kernel, where the norm is still one that was patched."""
+    rows = _rows_of(norm, x)
+    if rows is None:
         return None
     vectors = [_vectors(p, x) for p in (scale, *shift)]
     if any(p is None for p in vectors) or rows_supported(x, *vectors) is not None:
@@ -219,6 +231,38 @@ def run_modulations(self: nn.Module, norm: str, x: Any, *modulations: tuple[Any,
         y = module(x)
         results += [_modulate(y, *modulation) for modulation in modulations[len(results) :]]
     return tuple(results)
+
+
+def _run_residual(norm: Any, x: Any, a: Any, b: Any, *modulation: Any) -> tuple[Tensor, Tensor] | None:
+    """h = x + a * b and its modulated norm by one kernel; one of a and b is the gate, the other of the shape of x."""
+    rows = _rows_of(norm, x)
+    bias = getattr(norm, "bias", None)
+    if rows is None or (rows.kind == "rms" and bias is not None):
+        return None
+    vectors = [_vectors(p, x) for p in modulation]
+    for gate, branch in ((_vectors(a, x), b), (_vectors(b, x), a)):
+        if gate is None or not isinstance(branch, Tensor) or branch.shape != x.shape:
+            continue
+        if any(p is None for p in (_vectors(branch, x), *vectors)):
+            continue
+        if rows_supported(x, branch, gate, *vectors) is None:
+            scale, shift = vectors if len(vectors) == 2 else (vectors[0], None)
+            return gated_residual_norm(
+                x, branch, gate, norm.weight, bias, _eps(norm, x), scale=scale, shift=shift, norm=rows.kind
+            )
+    return None
+
+
+def run_residual(
+    self: nn.Module, norm: str, x: Any, a: Any, b: Any, *modulation: Any
+) -> tuple[Any, list[Any]]:
+    """``h = x + a * b`` and, in a list, ``norm(h) * (one + scale) + shift``."""
+    found = _run_residual(getattr(self, norm), x, a, b, *modulation[1:])
+    if found is not None:
+        return found[0], [found[1]]
+    h = x + a * b
+    del x, a, b
+    return h, [run_modulation(self, norm, h, *modulation)]
 
 
 # -- gated linear units ----------------------------------------------------------------------------------------

@@ -281,6 +281,26 @@ def _is_text(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
+# -- gated residual --------------------------------------------------------------------------------------------
+
+
+def terms(expression: ast.expr) -> tuple[ast.expr, ast.expr] | None:
+    """``a + b`` as (a, b)."""
+    match expression:
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return left, right
+    return None
+
+
+def factors(expression: ast.expr) -> tuple[ast.expr, ast.expr] | None:
+    """``a * b`` as (a, b), where evaluating one of them does nothing else and neither binds a name."""
+    match expression:
+        case ast.BinOp(left=left, op=ast.Mult(), right=right) if pure(left) or pure(right):
+            binds = any(isinstance(n, (ast.NamedExpr, ast.Await, ast.Yield)) for n in ast.walk(expression))
+            return None if binds else (left, right)
+    return None
+
+
 # -- gated linear units ----------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ it was may change nothing. Found are
 
     v = self.norm(x); v = self.act(v)                   with v = v * (1 + scale) + shift between them, too
     self.norm(x) * (1 + scale) + shift                  in statements of its own, too, and as modulate(self.norm(x), ..)
+    x = x + gate * branch; .. the second of x ..        with the product in a statement of its own, too
     a, b = x.chunk(2, dim=-1); .. a * self.act(b) ..
 
 A statement of the second kind that follows an ``if`` is first moved to the end of each of its branches.
@@ -43,7 +44,7 @@ class Site(NamedTuple):
     """A piece of code that calls a helper now.
 
     Attributes:
-        kind: "pair", "modulate" or "gate".
+        kind: "pair", "modulate", "residual" or "gate".
         norm: attribute's name; None for a gate.
         activation: attribute's name, or the function's; None for a modulation, and for ``F.silu`` of a pair.
         guards: conditions around it.
@@ -77,6 +78,7 @@ def fused(function: Any, wanted: Wanted, helpers: Mapping[str, Callable[..., Any
             "pair": ``(self, norm, activation, x, scale, shift)``;
             "modulate": ``(self, norm, x, one, scale[, shift])``;
             "modulate_each": ``(self, norm, x, *modulations)`` for a tuple, with (one, scale[, shift]) for each;
+            "residual": ``(self, norm, x, a, b, one, scale[, shift])`` for (h, [modulated norm of h]), h = x + a * b;
             "gate": ``(self, x, activation, function)``, one of the last two None.
     """
     layers = 0
@@ -87,7 +89,7 @@ def fused(function: Any, wanted: Wanted, helpers: Mapping[str, Callable[..., Any
     if definition is None or len(definition.decorator_list) != layers:
         return NOTHING
     parameters = definition.args.posonlyargs + definition.args.args
-    if not parameters or parameters[0].arg != "self":
+    if not parameters or parameters[0].arg != "self" or _binds(definition, "self"):
         return NOTHING
     rewriter = _Rewriter(wanted, function, definition)
     definition.body = rewriter.block(definition.body)
@@ -126,6 +128,11 @@ def _call(helper: str, *args: ast.expr) -> ast.Call:
     return ast.Call(ast.Name(_helper(helper), ast.Load()), [ast.Name("self", ast.Load()), *args], [])
 
 
+def _binds(definition: ast.FunctionDef, name: str) -> bool:
+    found = (n for n in ast.walk(definition) if isinstance(n, ast.Name) and n.id == name)
+    return any(not isinstance(n.ctx, ast.Load) for n in found)
+
+
 class _Scope:
     """Who reads a function's names."""
 
@@ -133,8 +140,10 @@ class _Scope:
         self._loads: dict[str, list[ast.Name]] = {}
         self._shared: set[str] = set()
         for node in ast.walk(definition):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Load, ast.Del)):
                 self._loads.setdefault(node.id, []).append(node)
+            if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+                self._loads.setdefault(node.target.id, []).append(node.target)
             if isinstance(node, (ast.Global, ast.Nonlocal)):
                 self._shared.update(node.names)
             inner = isinstance(
@@ -142,11 +151,11 @@ class _Scope:
             )
             if inner and node is not definition:
                 self._shared.update(n.id for n in ast.walk(node) if isinstance(n, ast.Name))
-        self._watched = not _WATCHING.isdisjoint(self._loads)
+        self.watched = not _WATCHING.isdisjoint(self._loads)
 
     def private(self, name: str, within: list[ast.stmt], loops: int) -> bool:
         """Whether what ``name`` holds between statements that follow each other is read by these alone."""
-        if self._watched or name in self._shared:
+        if self.watched or name in self._shared:
             return False
         last = within[-1]
         if isinstance(last, ast.Return):
@@ -189,7 +198,13 @@ class _Rewriter:
         i = 0
         while i < len(body):
             rest = body[i:]
-            found = self._pair(rest) or self._gate(rest) or self._each(rest) or self._conditional(rest)
+            found = (
+                self._residual(body, i)
+                or self._pair(rest)
+                or self._gate(rest)
+                or self._each(rest)
+                or self._conditional(rest)
+            )
             if found is None and (self._apart(body, i) or self._across(body, i)):
                 continue
             if found is None:
@@ -499,6 +514,97 @@ class _Rewriter:
             why = f"{inside[0]} and its modulation stay apart: what is between them may be seen or changed"
             self.missed.append((why, self._guards))
 
+    # -- gated residual ----------------------------------------------------------------------------------------
+
+    def _residual(self, body: list[ast.stmt], i: int) -> tuple[list[ast.stmt], int] | None:
+        """``x = x + gate * branch`` and the modulated norm of x in the next statement."""
+        total = self._gated_sum(body, i)
+        if total is None or self._tries or self._scope.watched:
+            return None
+        name, x, factors, used = total
+        if i + used == len(body):
+            return None
+        self._apart(body, i + used)
+        consumer = body[i + used]
+        if not isinstance(consumer, (ast.Assign, ast.Return)) or consumer.value is None:
+            return None
+        place = _place(consumer.value, lambda e: self._modulated_norm(e, name) is not None, patterns.pure)
+        found = None if place is None else self._modulated_norm(place, name)
+        if place is None or found is None:
+            return None
+        own = patterns.own_call(found.normed)
+        assert own is not None
+        parts = [found.scale, *([] if found.shift is None else [found.shift])]
+        self._found("residual", own[0])
+        call = _call("residual", ast.Constant(own[0]), x, *factors, found.one, *parts)
+        target = ast.Name(name, ast.Store())
+        alone = patterns.assignment(consumer)
+        if isinstance(place, ast.BinOp) and alone is not None and alone[1] is place and alone[0] != name:
+            result = ast.List([ast.Name(alone[0], ast.Store())], ast.Store())
+            both = ast.Assign([ast.Tuple([target, result], ast.Store())], call)
+            return [self._expressions(ast.copy_location(both, body[i]))], used + 1
+        # In a list, so that the value lives no longer than it did.
+        held = f"__value{len(self.sites)}__"
+        both = ast.Assign([ast.Tuple([target, ast.Name(held, ast.Store())], ast.Store())], call)
+        statement: ast.stmt = self._expressions(ast.copy_location(both, body[i]))
+        pop = ast.Call(ast.Attribute(ast.Name(held, ast.Load()), "pop", ast.Load()), [], [])
+        if isinstance(place, ast.Call):
+            kept = ast.Assign([ast.Name(held, ast.Store())], ast.List([copy.deepcopy(place)], ast.Load()))
+            otherwise = [*body[i : i + used], ast.copy_location(kept, consumer)]
+            chosen = ast.If(self._same(place), [statement], otherwise)
+            statement = ast.copy_location(chosen, body[i])
+        consumer.value = _Replace({id(place): pop}).visit(consumer.value)
+        return [statement], used
+
+    def _gated_sum(
+        self, body: list[ast.stmt], i: int
+    ) -> tuple[str, ast.expr, tuple[ast.expr, ast.expr], int] | None:
+        """``h = x + a * b``, in one statement or two, as (h, x, (a, b), how many)."""
+        first = patterns.assignment(body[i])
+        if first is None:
+            return None
+        terms = patterns.terms(first[1])
+        for x, product in (terms, terms[::-1]) if terms else ():
+            factors = patterns.factors(product)
+            if isinstance(x, ast.Name) and factors is not None:
+                a, b = copy.deepcopy(factors)
+                return first[0], x, (a, b), 1
+        factors = patterns.factors(first[1])
+        second = patterns.assignment(body[i + 1]) if i + 1 < len(body) else None
+        terms = None if factors is None or second is None else patterns.terms(second[1])
+        if factors is None or second is None or terms is None:
+            return None
+        for x, product in (terms, terms[::-1]):
+            if not isinstance(x, ast.Name) or not isinstance(product, ast.Name):
+                continue
+            if product.id == first[0] != x.id and self._scope.private(first[0], body[i : i + 2], self._loops):
+                a, b = copy.deepcopy(factors)
+                return second[0], x, (a, b), 2
+        return None
+
+    def _modulated_norm(self, expression: ast.expr, name: str) -> patterns.Modulation | None:
+        """A modulation of ``self.norm(name)`` that reads ``name`` nowhere else."""
+
+        def normed(e: ast.expr) -> bool:
+            own = patterns.own_call(e)
+            return self.is_norm(e) and own is not None and isinstance(own[1], ast.Name) and own[1].id == name
+
+        if isinstance(expression, ast.Call):
+            bound = self.bound(expression, normed)
+            found = bound if isinstance(bound, patterns.Modulation) else None
+        else:
+            found = patterns.modulation(expression, normed)
+        if found is None:
+            return None
+        parts = [found.scale, *([] if found.shift is None else [found.shift])]
+        return found if all(map(patterns.pure, parts)) and name not in patterns.names(*parts) else None
+
+    def _same(self, call: ast.Call) -> ast.expr:
+        """Whether the name of a function that is a modulation still means it."""
+        self.known.append(patterns.resolved(call.func, self._function))
+        known = ast.Subscript(ast.Name(_KNOWN, ast.Load()), ast.Constant(len(self.known) - 1), ast.Load())
+        return ast.Compare(copy.deepcopy(call.func), [ast.Is()], [known])
+
     # -- gated linear units ------------------------------------------------------------------------------------
 
     def _gate(self, rest: list[ast.stmt]) -> tuple[list[ast.stmt], int] | None:
@@ -570,8 +676,19 @@ def _condition(statement: ast.stmt, variable: str) -> ast.expr | None:
     return None
 
 
-def _place(expression: ast.expr | None, accepted: Callable[[ast.expr], Any]) -> ast.expr | None:
-    """The accepted part of an expression that is evaluated before everything else in it but names."""
+def _name(expression: ast.expr) -> bool:
+    """A name or a constant, or an attribute of one."""
+    while isinstance(expression, ast.Attribute):
+        expression = expression.value
+    return isinstance(expression, (ast.Name, ast.Constant))
+
+
+def _place(
+    expression: ast.expr | None,
+    accepted: Callable[[ast.expr], Any],
+    skipped: Callable[[ast.expr], bool] = _name,
+) -> ast.expr | None:
+    """The accepted part of an expression that is evaluated before everything else in it but what may be skipped."""
     if expression is None or accepted(expression):
         return expression
     parts: list[ast.expr] = []
@@ -585,19 +702,12 @@ def _place(expression: ast.expr | None, accepted: Callable[[ast.expr], Any]) -> 
         case ast.Call(func=f, args=args):
             parts = [f, *args]
     for part in parts:
-        found = _place(part, accepted)
+        found = _place(part, accepted, skipped)
         if found is not None:
             return found
-        if not _name(part):
+        if not skipped(part):
             return None
     return None
-
-
-def _name(expression: ast.expr) -> bool:
-    """A name or a constant, or an attribute of one."""
-    while isinstance(expression, ast.Attribute):
-        expression = expression.value
-    return isinstance(expression, (ast.Name, ast.Constant))
 
 
 def _evaluated(expression: ast.expr) -> list[ast.AST]:
@@ -655,8 +765,4 @@ class _Expressions(ast.NodeTransformer):
         if call is None:
             return self.generic_visit(node)
         # The name may mean another function by then.
-        known = self._rewriter.known
-        known.append(patterns.resolved(node.func, self._rewriter._function))
-        same = ast.Subscript(ast.Name(_KNOWN, ast.Load()), ast.Constant(len(known) - 1), ast.Load())
-        test = ast.Compare(node.func, [ast.Is()], [same])
-        return ast.copy_location(ast.IfExp(test, call, copy.deepcopy(node)), node)
+        return ast.copy_location(ast.IfExp(self._rewriter._same(node), call, copy.deepcopy(node)), node)

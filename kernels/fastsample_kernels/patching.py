@@ -36,6 +36,7 @@ from ._forwards import (
     run_modulation,
     run_modulations,
     run_pair,
+    run_residual,
     sequential_forward,
 )
 from ._patterns import gate_method
@@ -281,6 +282,7 @@ _HELPERS: dict[str, Callable[..., Any]] = {
     "pair": run_pair,
     "modulate": run_modulation,
     "modulate_each": run_modulations,
+    "residual": run_residual,
     "gate": run_gate,
 }
 
@@ -353,8 +355,9 @@ def _said(module: nn.Module, site: Site) -> str:
     """What a site is called in the report."""
     if site.kind == "pair":
         return "group_norm + silu"
-    if site.kind == "modulate":
-        return f"{rows_norm(getattr(module, site.norm or '')).name} + modulate"  # type: ignore[union-attr]
+    if site.kind in ("modulate", "residual"):
+        first = "residual + " if site.kind == "residual" else ""
+        return first + f"{rows_norm(getattr(module, site.norm or '')).name} + modulate"  # type: ignore[union-attr]
     activation = site.activation or ""
     return "swiglu" if (activation_of(module, activation) or activation) == "silu" else "geglu"
 

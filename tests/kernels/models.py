@@ -208,6 +208,8 @@ MODULATED = {
     "PixArt": 3,
     "Flux": 6,
 }
+# and those of them that run with the gated residual before them
+RESIDUAL = {name: {"SD3.5": 1, "Flux": 2}.get(name, 0) for name in CASES}
 # gated linear units
 GATED = {name: 4 if name == "UNet2DConditionModel" else 0 for name in CASES}
 # modules that call PyTorch's attention

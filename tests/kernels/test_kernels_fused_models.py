@@ -26,7 +26,7 @@ def test_outputs_and_gradients_agree(name: str, monkeypatch: pytest.MonkeyPatch)
     report = fk.patch(model)
     assert report.runs_here is None
     runs: list[str] = []
-    for kernel in ("group_norm", "layer_norm", "rms_norm", "geglu", "swiglu"):
+    for kernel in ("group_norm", "layer_norm", "rms_norm", "gated_residual_norm", "geglu", "swiglu"):
         original = getattr(_forwards, kernel)
 
         def counting(*args, kernel=kernel, original=original, **kwargs) -> Tensor:
@@ -42,6 +42,7 @@ def test_outputs_and_gradients_agree(name: str, monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
     assert runs.count("group_norm+silu") == models.FUSED[name]
     assert sum(run.endswith("_norm+modulate") for run in runs) == models.MODULATED[name]
+    assert runs.count("gated_residual_norm+modulate") == models.RESIDUAL[name]
     assert runs.count("geglu") == models.GATED[name]
     assert len(runs) >= len(report.replaced)
 
@@ -239,7 +240,7 @@ class Counter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runs: list[str] = []
-        for kernel in ("layer_norm", "rms_norm", "geglu", "swiglu"):
+        for kernel in ("layer_norm", "rms_norm", "gated_residual_norm", "geglu", "swiglu"):
             original = getattr(_forwards, kernel)
 
             def counting(*args, kernel=kernel, original=original, **kwargs) -> Tensor:
@@ -281,11 +282,9 @@ def test_a_dit_block_is_as_exact_as_plain_torch(norm, dtype, monkeypatch: pytest
     keys = list(block.state_dict())
     report = fk.patch(block)
     name = "layer_norm" if norm is nn.LayerNorm else "rms_norm"
-    expected = ["layer_norm + modulate", f"{name} + modulate", "geglu"]
-    said = (
-        "2 layer_norm + modulate" if norm is nn.LayerNorm else f"1 layer_norm + modulate, 1 {name} + modulate"
-    )
-    assert report.replaced == {"DiTBlock": f"1 geglu, {said}"}
+    expected = ["layer_norm + modulate", "gated_residual_norm + modulate", "geglu"]
+    said = f"1 geglu, 1 layer_norm + modulate, 1 residual + {name} + modulate"
+    assert report.replaced == {"DiTBlock": said}
     counter = Counter(monkeypatch)
     assert_close_enough(results(block, x, c), low, exact)
     assert counter.runs == expected
@@ -364,6 +363,57 @@ def test_a_modulation_of_another_shape_or_type_runs_the_modules(
     assert (got["y"].dtype, got["y"].shape) == (wanted["y"].dtype, wanted["y"].shape)
     tolerance = 1e-5 if low == FULL == dtype else 3e-2
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+class Residual(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor, gate: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+        x = x + gate * branch
+        y = self.norm(x)
+        y = y * (1 + scale)
+        return x.sin() * y
+
+
+RESIDUALS = [
+    # shapes of x, gate, branch and scale, type of all and of the branch, whether the kernel takes them
+    ((2, 3, 8), (2, 1, 8), (2, 3, 8), (2, 1, 8), FULL, FULL, True),
+    ((2, 3, 8), (2, 3, 8), (2, 1, 8), (2, 1, 8), FULL, FULL, True),  # the other one is the gate
+    ((2, 3, 8), (1, 1, 8), (2, 3, 8), (2, 3, 8), FULL, FULL, True),
+    ((2, 3, 8), (2, 3, 8), (2, 3, 8), (2, 3, 8), FULL, FULL, True),
+    ((2, 3, 8), (2, 1, 8), (2, 3, 8), (2, 1, 8), FULL, LOW, True),
+    ((2, 3, 8), (2, 1, 8), (2, 3, 8), (2, 1, 8), LOW, LOW, True),
+    ((2, 3, 8), (2, 1, 8), (2, 3, 8), (2, 1, 8), LOW, FULL, False),
+    ((2, 3, 8), (2, 1, 1), (2, 3, 8), (2, 1, 8), FULL, FULL, False),
+    ((2, 3, 8), (2, 1, 8), (2, 1, 8), (2, 1, 8), FULL, FULL, False),
+    ((1, 3, 8), (2, 1, 8), (2, 3, 8), (2, 1, 8), FULL, FULL, False),
+    ((2, 3, 8), (2, 1, 8), (2, 3, 8), (8,), FULL, FULL, False),
+]
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8), normalization.FP32LayerNorm(8)], ids=repr)
+@pytest.mark.parametrize("call", RESIDUALS, ids=str)
+def test_gated_residuals(call, norm, monkeypatch: pytest.MonkeyPatch) -> None:
+    *shapes, dtype, low, taken = call
+    if type(norm) is nn.LayerNorm and (dtype, low) == (LOW, FULL):
+        norm = nn.LayerNorm(8, elementwise_affine=False)  # PyTorch's takes no weights of another type
+    inputs = [randn(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
+    inputs[2] = inputs[2].to(low)
+    module = Residual(copy.deepcopy(norm).to(dtype))
+    plain = results(module, *inputs)
+    exact = copy.deepcopy(module).double()
+    if isinstance(norm, normalization.FP32LayerNorm):
+        exact.norm.forward = functools.partial(nn.LayerNorm.forward, exact.norm)
+    fk.patch(module)
+    counter = Counter(monkeypatch)
+    got = results(module, *inputs)
+    assert ("gated_residual_norm + modulate" in counter.runs) == taken
+    assert {k: (t.dtype, t.shape) for k, t in got.items()} == {
+        k: (t.dtype, t.shape) for k, t in plain.items()
+    }
+    assert_close_enough(got, plain, results(exact, *(t.double() for t in inputs)))
 
 
 @pytest.mark.parametrize(

@@ -617,6 +617,28 @@ def used_again(self, x, s, t):
     return y + v
 
 
+def deleted_afterwards(self, x, s, t):
+    v = self.rows(x)
+    y = v * (1 + s[:, None]) + t[:, None]
+    del v
+    h, gate = self.linear(y).chunk(2, dim=-1)
+    y = h * self.act(gate)
+    del h, gate
+    return y
+
+
+def added_to_afterwards(self, x, s, t):
+    v = self.rows(x)
+    y = v * (1 + s[:, None]) + t[:, None]
+    v += 1
+    return y, v
+
+
+def self_bound_again(self, x, s, t):
+    self = self.rows
+    return self(x) * (1 + s[:, None]) + t[:, None]
+
+
 def used_again_in_the_next_round(self, x, s, t):
     v = x
     for _ in range(2):
@@ -715,6 +737,66 @@ def of_another_self(other, x, s, t):
     return self.rows(x) * (1 + s[:, None]) + t[:, None]
 
 
+def gated_residual(self, x, s, t):
+    y = t.unsqueeze(1) * self.linear(x)[..., :4]
+    x = x + y
+    v = self.rows(x)
+    v = v * (1 + s[:, None]) + t[:, None]
+    return x + v
+
+
+def gated_residual_by_a_function(self, x, s, t):
+    x = x + s.unsqueeze(1) * self.linear(modulate(self.rows(x), s, t))[..., :4]
+    x = x + t.unsqueeze(1) * self.linear(modulate(self.rows2(x), s, t))[..., :4]
+    return x
+
+
+def gated_residual_in_another_order(self, x, s, t):
+    h = self.linear(x)[..., 4:] * s[:, None] + x
+    return self.linear((1 + t)[:, None] * self.rows(h)), h
+
+
+def gated_residual_of_itself(self, x, s, t):
+    x = s[:, None] * x
+    x = self.drop(x) * t[:, None] + x if s is None else x
+    y = x * t[:, None]
+    x = y + x
+    x = self.rows(x) * (1 + t[:, None])
+    return x
+
+
+def gated_residual_seen(self, x, s, t):
+    y = t.unsqueeze(1) * self.linear(x)[..., :4]
+    x = x + y
+    return self.rows(x) * (1 + s[:, None]) + t[:, None] + y
+
+
+def gated_difference(self, x, s, t):
+    x = x - t.unsqueeze(1) * self.linear(x)[..., :4]
+    return self.rows(x) * (1 + s[:, None]) + t[:, None]
+
+
+def gated_residual_in_place(self, x, s, t):
+    x = x.clone()
+    x += t.unsqueeze(1) * self.linear(x)[..., :4]
+    return self.rows(x) * (1 + s[:, None]) + t[:, None]
+
+
+def scaled_by_the_residual(self, x, s, t):
+    x = x + t.unsqueeze(1) * self.linear(x)[..., :4]
+    return self.rows(x) * (1 + x) + t[:, None]
+
+
+def norm_of_another_value(self, x, s, t):
+    h = x + t.unsqueeze(1) * self.linear(x)[..., :4]
+    return self.rows(x) * (1 + s[:, None]) + t[:, None] + h
+
+
+def something_happens_before_the_norm(self, x, s, t):
+    h = x + t.unsqueeze(1) * self.linear(x)[..., :4]
+    return self.act(h.mul_(2)) + self.rows(h) * (1 + s[:, None]) + t[:, None]
+
+
 def swiglu(self, x, s, t):
     h = self.linear(x)
     h, gate = h.chunk(2, dim=-1)
@@ -797,7 +879,20 @@ NEW = [
     (in_a_loop, "1 layer_norm + modulate", None),
     (by_a_function, "3 layer_norm + modulate", None),
     (nested, "2 layer_norm + modulate", None),
+    (gated_residual, "1 residual + layer_norm + modulate", None),
+    (gated_residual_by_a_function, "1 layer_norm + modulate, 1 residual + layer_norm + modulate", None),
+    (gated_residual_in_another_order, "1 residual + layer_norm + modulate", None),
+    (gated_residual_of_itself, "1 residual + layer_norm + modulate", None),
+    (gated_residual_seen, "1 layer_norm + modulate", None),
+    (gated_difference, "1 layer_norm + modulate", None),
+    (gated_residual_in_place, "1 layer_norm + modulate", None),
+    (scaled_by_the_residual, "1 layer_norm + modulate", None),
+    (norm_of_another_value, "1 layer_norm + modulate", None),
+    (something_happens_before_the_norm, "1 layer_norm + modulate", None),
     (used_again, None, APART),
+    (deleted_afterwards, None, f"{APART}; {HALVES}"),
+    (added_to_afterwards, None, APART),
+    (self_bound_again, None, None),
     (used_again_in_the_next_round, None, APART),
     (seen_by_a_function, None, APART),
     (seen_by_locals, None, APART),
@@ -847,7 +942,7 @@ def test_modulations_and_gates_are_found_where_the_source_proves_them(forward, r
     assert report.replaced.pop("Block", None) == replaced
     assert report.kept.get("Block") == kept
     # A norm that is in none of them is replaced by itself.
-    fused_norms = int(replaced.split()[0]) if replaced and "modulate" in replaced else 0
+    fused_norms = sum(int(part[0]) for part in (replaced or "").split(", ") if part.endswith("modulate"))
     alone = {"rows", "rows2"} - set(report.replaced)
     assert len(alone) == min(fused_norms, 2)
     got = block(*args)
@@ -885,6 +980,7 @@ def test_code_that_never_runs_is_not_reported(kind: str) -> None:
         ("hunyuan_video", "HunyuanVideoTransformerBlock", {"mlp_ratio": 2}, "2 layer_norm + modulate"),
         ("cogview4", "CogView4TransformerBlock", {}, "2 layer_norm + modulate"),
         ("flux2", "Flux2SingleTransformerBlock", {}, "1 layer_norm + modulate"),
+        ("flux", "FluxTransformerBlock", {}, "2 residual + layer_norm + modulate"),
     ],
 )
 def test_blocks_of_other_models_are_found_by_what_they_do(place, name, options, replaced) -> None:
