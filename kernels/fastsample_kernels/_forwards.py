@@ -178,13 +178,15 @@ def _vectors(p: Any, x: Tensor) -> Tensor | None:
     no wider than x, whose type the result has; None for all else."""
     if not isinstance(p, Tensor) or p.ndim != x.ndim or p.shape[-1] != x.shape[-1] or p.device != x.device:
         return None
-    if torch.promote_types(x.dtype, p.dtype) != x.dtype:
+    if p.dtype != x.dtype and torch.promote_types(x.dtype, p.dtype) != x.dtype:
         return None
     if p.shape == x.shape:
         return p
-    if p.shape[0] in (1, x.shape[0]) and all(size == 1 for size in p.shape[1:-1]):
-        return p.expand(x.shape[0], *p.shape[1:])
-    return None
+    if any(size != 1 for size in p.shape[1:-1]):
+        return None
+    if p.shape[0] == x.shape[0]:
+        return p
+    return p.expand(x.shape[0], *p.shape[1:]) if p.shape[0] == 1 else None
 
 
 def _rows_of(norm: Any, x: Any) -> Any | None:
