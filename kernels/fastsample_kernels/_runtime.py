@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 MIN_CAPABILITY = (8, 0)
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
-_explainers: dict[str, Callable[..., str]] = {}
+_explainers: dict[str, Callable[..., Answer]] = {}
 
 
 def _why_not_device(device_type: str, index: int) -> str | None:
@@ -337,14 +338,41 @@ def batched(operator: Any, kinds: str) -> None:
 # -- explain -------------------------------------------------------------------------------------------------
 
 
-def explains(name: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
-    """Register the function that answers :func:`explain` for the kernel ``name``."""
+@dataclass(frozen=True)
+class Answer:
+    """What a call would run.
 
-    def register(function: Callable[..., str]) -> Callable[..., str]:
+    Attributes:
+        kernel: the function's name.
+        reason: why the kernel cannot take the call and plain torch runs; None where it can.
+        how: the kernel's tiles and passes.
+    """
+
+    kernel: str
+    reason: str | None
+    how: str
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"{self.kernel}: plain torch, because {self.reason}"
+        return f"{self.kernel}: Triton, {self.how}"
+
+
+def explains(name: str) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
+    """Register the function that answers :func:`explain` and :func:`supported` for the kernel ``name``."""
+
+    def register(function: Callable[..., Answer]) -> Callable[..., Answer]:
         _explainers[name] = function
         return function
 
     return register
+
+
+def _answer(kernel: str | Callable[..., Any], args: Any, kwargs: Any) -> Answer:
+    name = kernel if isinstance(kernel, str) else getattr(kernel, "__name__", repr(kernel))
+    if name not in _explainers:
+        raise ValueError(f"kernel={name!r} is not one of {', '.join(sorted(_explainers))}")
+    return _explainers[name](*args, **kwargs)
 
 
 def explain(kernel: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -355,14 +383,11 @@ def explain(kernel: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         *args, **kwargs: those of the call that the question is about. Nothing is computed.
 
     Raises:
-        ValueError: no such kernel.
+        ValueError: no such kernel, or arguments that the call itself would refuse.
     """
-    name = kernel if isinstance(kernel, str) else getattr(kernel, "__name__", repr(kernel))
-    if name not in _explainers:
-        raise ValueError(f"kernel={name!r} is not one of {', '.join(sorted(_explainers))}")
-    return _explainers[name](*args, **kwargs)
+    return str(_answer(kernel, args, kwargs))
 
 
 def supported(kernel: str | Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
     """Whether a call would run the kernel; arguments and errors as of :func:`explain`, which says why not."""
-    return ": plain torch, because " not in explain(kernel, *args, **kwargs)
+    return _answer(kernel, args, kwargs).reason is None

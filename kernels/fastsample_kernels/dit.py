@@ -754,11 +754,11 @@ def swiglu(x: Tensor) -> Tensor:
 # --- explain ----------------------------------------------------------------------------------------------------
 
 
-def _said(name: str, reason: str | None, tiles: Tiles) -> str:
-    return f"{name}: Triton, {tiles}" if reason is None else f"{name}: plain torch, because {reason}"
+def _said(name: str, reason: str | None, tiles: Tiles) -> runtime.Answer:
+    return runtime.Answer(name, reason, str(tiles))
 
 
-def _explain_norm(function: Callable[..., Any], norm: str, args: Any, kwargs: Any) -> str:
+def _explain_norm(function: Callable[..., Any], norm: str, args: Any, kwargs: Any) -> runtime.Answer:
     given = inspect.signature(function).bind(*args, **kwargs).arguments
     x, branch, norm = given["x"], given.get("branch"), given.get("norm", norm)
     others = {name: given.get(name) for name in ("gate", "weight", "bias", "scale", "shift")}
@@ -768,24 +768,24 @@ def _explain_norm(function: Callable[..., Any], norm: str, args: Any, kwargs: An
 
 
 @runtime.explains("layer_norm")
-def _explain_layer_norm(*args: Any, **kwargs: Any) -> str:
+def _explain_layer_norm(*args: Any, **kwargs: Any) -> runtime.Answer:
     return _explain_norm(layer_norm, "layer", args, kwargs)
 
 
 @runtime.explains("rms_norm")
-def _explain_rms_norm(*args: Any, **kwargs: Any) -> str:
+def _explain_rms_norm(*args: Any, **kwargs: Any) -> runtime.Answer:
     return _explain_norm(rms_norm, "rms", args, kwargs)
 
 
 @runtime.explains("gated_residual_norm")
-def _explain_gated_residual_norm(*args: Any, **kwargs: Any) -> str:
+def _explain_gated_residual_norm(*args: Any, **kwargs: Any) -> runtime.Answer:
     return _explain_norm(gated_residual_norm, "layer", args, kwargs)
 
 
 @runtime.explains("norm_rope")
 def _explain_norm_rope(
     x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any
-) -> str:
+) -> runtime.Answer:
     _check_rope(x, cos, sin, weight)
     rows = row_tiles(x.shape[0] * x.shape[1], x.shape[2], x.shape[3])
     return _said("norm_rope", _why_not_rope(x, cos, sin, weight), rows)
@@ -801,18 +801,19 @@ def _explain_qk_norm_rope(
     k_weight: Tensor | None = None,
     *args: Any,
     **kwargs: Any,
-) -> str:
-    said = (_explain_norm_rope(q, cos, sin, q_weight), _explain_norm_rope(k, cos, sin, k_weight))
-    return f"qk_norm_rope: q by {said[0]}; k by {said[1]}"
+) -> runtime.Answer:
+    of_q, of_k = _explain_norm_rope(q, cos, sin, q_weight), _explain_norm_rope(k, cos, sin, k_weight)
+    reasons = [f"{name}: {a.reason}" for name, a in (("q", of_q), ("k", of_k)) if a.reason is not None]
+    return runtime.Answer("qk_norm_rope", "; ".join(reasons) or None, f"q {of_q.how}; k {of_k.how}")
 
 
 @runtime.explains("geglu")
-def _explain_geglu(x: Tensor, *, approximate: str = "none") -> str:
+def _explain_geglu(x: Tensor, *, approximate: str = "none") -> runtime.Answer:
     _check_glu(x, approximate)
     return _said("geglu", _why_not_glu(x), glu_tiles(x.shape[-1] // 2))
 
 
 @runtime.explains("swiglu")
-def _explain_swiglu(x: Tensor) -> str:
+def _explain_swiglu(x: Tensor) -> runtime.Answer:
     _check_glu(x)
     return _said("swiglu", _why_not_glu(x), glu_tiles(x.shape[-1] // 2))

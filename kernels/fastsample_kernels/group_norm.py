@@ -637,11 +637,11 @@ def _explain(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
-) -> str:
+) -> runtime.Answer:
     _check(x, num_groups, weight, bias, activation, scale, shift, residual)
     reason = supported(x, weight, bias, scale, shift, residual)
     if reason is not None:
-        return f"group_norm: plain torch, because {reason}"
+        return runtime.Answer("group_norm", reason, "")
     known = layout(x)
     where = "no layout that the kernels read (copied)" if known is None else "channels first"
     if known is not None and known.channels_last:
@@ -655,4 +655,5 @@ def _explain(
         itemsize=x.element_size(),
         multiprocessors=runtime.multiprocessors(x.device),
     )
-    return f"group_norm: Triton, {where}, {'one launch' if cut.fused else 'three launches'}, {cut}"
+    how = f"{where}, {'one launch' if cut.fused else 'three launches'}, {cut}"
+    return runtime.Answer("group_norm", None, how)

@@ -404,13 +404,12 @@ def update(
 
 
 @runtime.explains("update")
-def _explain(tensors: Sequence[Tensor], coefficients: Sequence[float], **options: Any) -> str:
+def _explain(tensors: Sequence[Tensor], coefficients: Sequence[float], **options: Any) -> runtime.Answer:
     output, null, noise = (options.get(name) for name in ("output", "null", "noise"))
     _check(tensors, coefficients, output, null, options.get("state"), noise)
     reason = supported(tensors, output, null)
-    if reason is not None:
-        return f"update: plain torch, because {reason}"
     given = [t for t in (*tensors, output, null) if t is not None]
     as_is = (noise is None and _same_memory_order(given)) or all(t.is_contiguous() for t in given)
     copies = "" if as_is else ", tensors that are not contiguous are copied"
-    return f"update: Triton, one launch, {len(tensors)} tensors, {4 * _BLOCKS} elements a program{copies}"
+    how = f"one launch, {len(tensors)} tensors, {4 * _BLOCKS} elements a program{copies}"
+    return runtime.Answer("update", reason, how)

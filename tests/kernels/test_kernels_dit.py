@@ -8,7 +8,7 @@ from accuracy import assert_close_enough
 from torch import Tensor
 from torch.library import opcheck
 
-from fastsample_kernels import _runtime, dit, explain
+from fastsample_kernels import _runtime, dit, explain, supported
 from fastsample_kernels._launch import Launch
 
 
@@ -444,19 +444,29 @@ def test_plain_torch_where_the_kernels_do_not_run(launched, monkeypatch):
     assert "a tensor is empty" in explain("geglu", torch.zeros(0, 8))
 
 
+@pytest.mark.quick
 def test_explain_names_the_tiles():
     x = normal(2, 3, 8)
     heads = normal(1, 1, 3, 8)
-    said = [
-        explain(dit.layer_norm, x),
-        explain(dit.rms_norm, x),
-        explain(dit.gated_residual_norm, x, x),
-        explain(dit.norm_rope, heads, COS, SIN),
-        explain(dit.qk_norm_rope, heads, heads, COS, SIN),
-        explain(dit.geglu, x),
-        explain(dit.swiglu, x),
+    calls = [
+        (dit.layer_norm, x),
+        (dit.rms_norm, x),
+        (dit.gated_residual_norm, x, x),
+        (dit.norm_rope, heads, COS, SIN),
+        (dit.qk_norm_rope, heads, heads, COS, SIN),
+        (dit.geglu, x),
+        (dit.swiglu, x),
     ]
-    assert all("Triton, Tiles(" in line for line in said)
+    for call in calls:
+        said = explain(*call)
+        assert said.startswith(f"{call[0].__name__}: Triton, ")
+        assert "Tiles(" in said
+        assert supported(*call)
+    turned = COS.clone().requires_grad_()
+    assert not supported("qk_norm_rope", heads, heads, turned, SIN)
+    assert "because q: cos or sin requires a gradient; k:" in explain(
+        "qk_norm_rope", heads, heads, turned, SIN
+    )
 
 
 def test_tiles_cover_every_shape():

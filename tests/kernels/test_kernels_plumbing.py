@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from compiled import assert_compiles_once
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastsample_kernels import Noise, _runtime, attention, dit, explain, group_norm, update
+from fastsample_kernels import Noise, _runtime, attention, dit, explain, group_norm, supported, update
 
 norm = importlib.import_module("fastsample_kernels.group_norm")
 
@@ -46,6 +46,10 @@ def test_cpu_runs_plain_torch_and_says_why():
     assert torch.equal(group_norm(x, 2, activation="silu"), F.silu(F.group_norm(x, 2)))
     assert explain(group_norm, x, 2).startswith("group_norm: plain torch, because CPU tensors")
     assert explain("update", [x], [1.0]).startswith("update: plain torch, because CPU tensors")
+    assert not supported(group_norm, x, 2)
+    assert not supported("qk_norm_rope", *[torch.zeros(1, 1, 3, 4)] * 2, *[torch.zeros(3, 4)] * 2)
+    with pytest.raises(ValueError, match="'convolution' is not one of"):
+        supported("convolution", x)
 
 
 def test_cuda_tensors_take_the_kernels(capability):
