@@ -73,8 +73,9 @@ def fits(folder: Path) -> list[str]:
         record = (plan := fs.Plan.load(file)).options["record"]
         gap = record["heldout_rmse"] / record["training_rmse"]
         lines.append(
-            f"| {folder.name} | {plan.nfe} | {plan.options['start']}, {record['start_rmse']:.4f} | {record['heldout_rmse']:.4f} | {gap:.2f} | "
-            f"{record['evaluations']:,} | {record['evaluations_per_batch']:.0f} |"
+            f"| {folder.name} | {plan.nfe} | {plan.options['start']}, {record['start_rmse']:.4f} | "
+            f"{record['heldout_rmse']:.4f} | {gap:.2f} | {record['evaluations']:,} | "
+            f"{record['evaluations_per_batch']:.0f} |"
         )
     return lines
 
