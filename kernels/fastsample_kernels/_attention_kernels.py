@@ -1,9 +1,13 @@
 """Triton kernels of softmax attention, and the functions that set up their launches. The maths is in attention.py.
 
 Head dims need not be powers of two: the columns of every tile come in two power-of-two parts, D1 + D2 >= D
-(40 = 32 + 16, 80 = 64 + 16, 160 = 128 + 32), so that little is padded. Scores live in the log2 domain,
-``p = exp2(z - m)`` with ``z = log2(e) * (scale * q k^T + bias)``. Every output has one writer and a fixed order of
-summation: results are deterministic.
+(40 = 32 + 16, 80 = 64 + 16, 160 = 128 + 32), so that little is padded. Every output has one writer and a fixed order
+of summation: results are deterministic.
+
+Scores live in the log2 domain, ``p = exp2(z - lse)`` with ``z = log2(e) * scale * q k^T``. With a bias that is added
+(KIND == "bias") they do not: it may be the lowest number of its type, which log2(e) times would overflow, or -1e9,
+beside which the sum of a row is nothing. There ``z = scale * q k^T + bias``, ``p = exp2(log2(e) * (z - m) - log2(l))``
+with m the maximum and l the sum of a row, kept as two numbers.
 """
 
 from __future__ import annotations
@@ -105,7 +109,7 @@ def _logits(
     TAIL: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """z = log2(e) * (scale * s + bias), and -inf where masked, for the tile at query i0 and key j0."""
+    """z of the tile at query i0 and key j0: -inf where masked, and in the log2 domain unless a bias is added."""
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
     if KEYS_FIRST:
@@ -114,7 +118,7 @@ def _logits(
     else:
         i = i[:, None]
         j = j[None, :]
-    z = s * (scale * _LOG2E)
+    z = s * (scale if KIND == "bias" else scale * _LOG2E)
     if KIND != "none":
         origin = BIAS + tl.cast(j0, tl.int64) * stride_bj
         if BIAS_PER_QUERY:
@@ -125,7 +129,7 @@ def _logits(
         if KIND == "mask":
             z = tl.where(b, z, float("-inf"))
         else:
-            z += b.to(z.dtype) * _LOG2E
+            z += b.to(z.dtype)
     if TAIL:
         z = tl.where(j < Lk - j0, z, float("-inf"))
     if CAUSAL:
@@ -134,13 +138,41 @@ def _logits(
 
 
 @triton.jit
-def _softmax_step(m, z, MAY_BE_EMPTY: tl.constexpr):
-    """Online softmax: new maximum m', p = exp2(z - m') and the factor exp2(m - m') of what was summed so far."""
+def _softmax_step(m, z, MAY_BE_EMPTY: tl.constexpr, KIND: tl.constexpr):
+    """Online softmax: new maximum m', p = exp(z - m') and the factor exp(m - m') of what was summed so far."""
     m_new = tl.maximum(m, tl.max(z, 1))
     m_ref = m_new
     if MAY_BE_EMPTY:  # -inf - (-inf) is NaN
         m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
-    return m_new, tl.exp2(z - m_ref[:, None]), tl.exp2(m - m_ref)
+    if KIND == "bias":
+        p, alpha = tl.exp2((z - m_ref[:, None]) * _LOG2E), tl.exp2((m - m_ref) * _LOG2E)
+    else:
+        p, alpha = tl.exp2(z - m_ref[:, None]), tl.exp2(m - m_ref)
+    return m_new, p, alpha
+
+
+@triton.jit
+def _load_number(ptr, i, Lq, other, EVEN: tl.constexpr):
+    return tl.load(ptr + i) if EVEN else tl.load(ptr + i, mask=i < Lq, other=other)
+
+
+@triton.jit
+def _load_sums(LSE, i, Lq, KIND: tl.constexpr, EVEN: tl.constexpr):
+    """(lse, unused) of rows i of one head, or (m, log2(l)); rows beyond the last get +inf, which makes p = 0."""
+    lse = _load_number(LSE, i, Lq, float("inf"), EVEN)
+    log_l = lse
+    if KIND == "bias":
+        log_l = _load_number(LSE, Lq + i, 2 * Lq, 0.0, EVEN)
+    return lse, log_l
+
+
+@triton.jit
+def _softmax(z, lse, log_l, KIND: tl.constexpr):
+    """p, given what _load_sums gives."""
+    z = z - lse
+    if KIND == "bias":
+        z = z * _LOG2E - log_l
+    return tl.exp2(z)
 
 
 @triton.jit
@@ -214,7 +246,7 @@ def _forward_loop(
             s, scale, BIAS, i0, start, Lq, Lk, stride_bi, stride_bj,
             BLOCK_M, BLOCK_N, False, KIND, BIAS_PER_QUERY, EDGE, EDGE and CAUSAL,
         )  # fmt: skip
-        m, p, alpha = _softmax_step(m, z, EDGE or KIND != "none")
+        m, p, alpha = _softmax_step(m, z, EDGE or KIND != "none", KIND)
         l = l * alpha + tl.sum(p, 1)
         v1 = _load(V, stride_v, Lk - start, BLOCK_N, 0, D1, D, VEC, not EDGE)
         p = p.to(v1.dtype)
@@ -304,11 +336,16 @@ def attention_forward_kernel(
             D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, True, CAUSAL, PRECISION, UPCAST,
         )  # fmt: skip
 
-    # A row with every key masked gives zeros, and lse = +inf makes its p = 0 in the backward pass.
+    # A row with every key masked gives zeros, and lse = +inf (or m) makes its p = 0 in the backward pass.
     empty = l == 0
     l = tl.where(empty, 1.0, l)
-    lse = tl.where(empty, float("inf"), m + tl.log2(l))
-    tl.store(LSE + tl.cast(bh, tl.int64) * Lq + i, lse, mask=i < Lq)
+    if KIND == "bias":
+        LSE += tl.cast(bh, tl.int64) * 2 * Lq
+        tl.store(LSE + i, tl.where(empty, float("inf"), m), mask=i < Lq)
+        tl.store(LSE + Lq + i, tl.log2(l), mask=i < Lq)
+    else:
+        lse = tl.where(empty, float("inf"), m + tl.log2(l))
+        tl.store(LSE + tl.cast(bh, tl.int64) * Lq + i, lse, mask=i < Lq)
     O += (b * stride_ob + h * stride_oh + start_m * stride_o) * VEC
     _store(O, stride_o, Lq - start_m, acc1 / l[:, None], BLOCK_M, 0, D1, D, VEC)
     if D2 > 0:
@@ -327,6 +364,7 @@ def _dq_loop(
     do1,
     do2,
     lse,
+    log_l,
     delta,
     K,
     V,
@@ -370,7 +408,7 @@ def _dq_loop(
             s, scale, BIAS, i0, start, Lq, Lk, stride_bi, stride_bj,
             BLOCK_M, BLOCK_N, False, KIND, BIAS_PER_QUERY, EDGE, EDGE and CAUSAL,
         )  # fmt: skip
-        p = tl.exp2(z - lse[:, None])
+        p = _softmax(z, lse[:, None], log_l[:, None], KIND)
         dp = _dot_rows(do1, do2, v1, v2, zero, D2, PRECISION, UPCAST)
         ds = (p * (dp - delta[:, None])).to(k1.dtype)
         dq1 = _dot(ds, k1, dq1, PRECISION, UPCAST)
@@ -463,20 +501,21 @@ def attention_dq_kernel(
         delta += tl.sum(_load(O, stride_o, left, BLOCK_M, D1, D2, D, VEC, False).to(ACC) * do2.to(ACC), 1)
         dq2 = tl.zeros([BLOCK_M, D2], ACC)
     tl.store(DELTA + rows, delta, mask=i < Lq)
-    lse = tl.load(LSE + rows, mask=i < Lq, other=float("inf"))
+    LSE += tl.cast(bh, tl.int64) * (2 * Lq if KIND == "bias" else Lq)
+    lse, log_l = _load_sums(LSE, i, Lq, KIND, False)
 
     middle, end = _key_range(tile, Lk, BLOCK_M, BLOCK_N, CAUSAL)
     if CAUSAL:  # masked throughout: a loop of its own for the tiles that need no mask costs registers
         middle = 0
     if not ONE_TILE and not CAUSAL:
         dq1, dq2 = _dq_loop(
-            dq1, dq2, q1, q2, do1, do2, lse, delta, K, V, BIAS_bh, tile * BLOCK_M, 0, middle, Lq, Lk,
+            dq1, dq2, q1, q2, do1, do2, lse, log_l, delta, K, V, BIAS_bh, tile * BLOCK_M, 0, middle, Lq, Lk,
             stride_k, stride_v, stride_bi, stride_bj, scale,
             D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, False, CAUSAL, PRECISION, UPCAST,
         )  # fmt: skip
     if CAUSAL or not EVEN_N:
         dq1, dq2 = _dq_loop(
-            dq1, dq2, q1, q2, do1, do2, lse, delta, K, V, BIAS_bh, tile * BLOCK_M, middle, end, Lq, Lk,
+            dq1, dq2, q1, q2, do1, do2, lse, log_l, delta, K, V, BIAS_bh, tile * BLOCK_M, middle, end, Lq, Lk,
             stride_k, stride_v, stride_bi, stride_bj, scale,
             D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, True, CAUSAL, PRECISION, UPCAST,
         )  # fmt: skip
@@ -539,9 +578,9 @@ def _dkdv_loop(
             q2 = _load(Q, stride_q, Lq - start, BLOCK_M, D1, D2, D, VEC, EVEN_M)
             do2 = _load(DO, stride_do, Lq - start, BLOCK_M, D1, D2, D, VEC, EVEN_M)
         i = start + tl.arange(0, BLOCK_M)
-        # lse = +inf makes p = 0 in rows beyond the last.
-        lse = tl.load(LSE + i, mask=i < Lq, other=float("inf"))
-        delta = tl.load(DELTA + i, mask=i < Lq, other=0.0)
+        EVEN: tl.constexpr = EVEN_M and KIND == "bias"  # elsewhere the masks cost no registers
+        lse, log_l = _load_sums(LSE, i, Lq, KIND, EVEN)
+        delta = _load_number(DELTA, i, Lq, 0.0, EVEN)
         zero = tl.zeros([BLOCK_N, BLOCK_M], dk1.dtype)
         s = _dot_rows(k1, k2, q1, q2, zero, D2, PRECISION, UPCAST)
         # Keys beyond the last need no mask: each fills its own row of dk and dv, which is not stored.
@@ -549,7 +588,7 @@ def _dkdv_loop(
             s, scale, BIAS, start, j0, Lq, Lk, stride_bi, stride_bj,
             BLOCK_M, BLOCK_N, True, KIND, BIAS_PER_QUERY, False, CAUSAL,
         )  # fmt: skip
-        p = tl.exp2(z - lse[None, :])
+        p = _softmax(z, lse[None, :], log_l[None, :], KIND)
         pc = p.to(do1.dtype)
         dv1 = _dot(pc, do1, dv1, PRECISION, UPCAST)
         if D2 > 0:
@@ -633,7 +672,7 @@ def attention_dkdv_kernel(
     left = Lk - start_n
     Q += (b * stride_qb + h * stride_qh) * VEC
     DO += (b * stride_dob + h * stride_doh) * VEC
-    LSE += bh * Lq
+    LSE += bh * (2 * Lq if KIND == "bias" else Lq)
     DELTA += bh * Lq
     BIAS_bh = BIAS
     if KIND != "none":
@@ -694,6 +733,7 @@ def _tangent_loop(
     tq1,
     tq2,
     lse,
+    log_l,
     K,
     V,
     TK,
@@ -746,7 +786,7 @@ def _tangent_loop(
             s, scale, BIAS, i0, start, Lq, Lk, stride_bi, stride_bj,
             BLOCK_M, BLOCK_N, False, KIND, BIAS_PER_QUERY, EDGE, EDGE and CAUSAL,
         )  # fmt: skip
-        p = tl.exp2(z - lse[:, None])
+        p = _softmax(z, lse[:, None], log_l[:, None], KIND)
         if HAS_TQ or HAS_TK:
             ts = zero
             if HAS_TQ:
@@ -862,7 +902,8 @@ def attention_tangent_kernel(
     O += (b * stride_ob + h * stride_oh + start_m * stride_o) * VEC
     TO += (b * stride_tob + h * stride_toh + start_m * stride_to) * VEC
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    lse = tl.load(LSE + tl.cast(bh, tl.int64) * Lq + i, mask=i < Lq, other=float("inf"))
+    LSE += tl.cast(bh, tl.int64) * (2 * Lq if KIND == "bias" else Lq)
+    lse, log_l = _load_sums(LSE, i, Lq, KIND, False)
     r = tl.zeros([BLOCK_M], ACC)
     q1 = _load(Q, stride_q, left, BLOCK_M, 0, D1, D, VEC, False)
     to1 = tl.zeros([BLOCK_M, D1], ACC)
@@ -884,14 +925,14 @@ def attention_tangent_kernel(
         middle = 0
     if not ONE_TILE and not CAUSAL:
         to1, to2, r = _tangent_loop(
-            to1, to2, r, q1, q2, tq1, tq2, lse, K, V, TK_bh, TV_bh, BIAS_bh, tile * BLOCK_M, 0, middle,
+            to1, to2, r, q1, q2, tq1, tq2, lse, log_l, K, V, TK_bh, TV_bh, BIAS_bh, tile * BLOCK_M, 0, middle,
             Lq, Lk, stride_k, stride_v, stride_tk, stride_tv, stride_bi, stride_bj, scale,
             D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, False, CAUSAL, HAS_TQ, HAS_TK, HAS_TV,
             PRECISION, UPCAST,
         )  # fmt: skip
     if CAUSAL or not EVEN_N:
         to1, to2, r = _tangent_loop(
-            to1, to2, r, q1, q2, tq1, tq2, lse, K, V, TK_bh, TV_bh, BIAS_bh, tile * BLOCK_M, middle, end,
+            to1, to2, r, q1, q2, tq1, tq2, lse, log_l, K, V, TK_bh, TV_bh, BIAS_bh, tile * BLOCK_M, middle, end,
             Lq, Lk, stride_k, stride_v, stride_tk, stride_tv, stride_bi, stride_bj, scale,
             D, D1, D2, VEC, BLOCK_M, BLOCK_N, KIND, BIAS_PER_QUERY, True, CAUSAL, HAS_TQ, HAS_TK, HAS_TV,
             PRECISION, UPCAST,
@@ -993,7 +1034,8 @@ def forward_launch(
     precision: str,
     tiles: Tiles,
 ) -> Launch:
-    """Writes o (B, H, Lq, D) and lse (B, H, Lq), log2 of the sum of exp2 of the logits."""
+    """Writes o (B, H, Lq, D) and lse (B, H, Lq), log2 of the sum of exp of the scores; where a bias is added
+    (B, H, 2, Lq), their maximum m and log2 of the sum of exp(score - m)."""
     args = _common(q, k, v, bias, is_causal, scale, precision, tiles)
     args |= {"O": o, "LSE": lse, **_layout(q=q, k=k, v=v, o=o)}
     return _over_queries(attention_forward_kernel, tiles, args)

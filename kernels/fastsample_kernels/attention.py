@@ -39,18 +39,20 @@ def reference(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """:func:`attention` written out in plain torch: what the kernels are tested against, in any dtype."""
+    """:func:`attention` written out in plain torch: what the kernels are tested against, in any dtype. A bias is added
+    in float32 (float64 for float64)."""
     s = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     masks = [] if bias is None or bias.dtype != torch.bool else [bias]
     if is_causal:
         masks.append(torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril())
     if bias is not None and bias.dtype != torch.bool:
-        s = s + bias.to(s.dtype)
+        wide = runtime.accumulator(s.dtype)
+        s = s.to(wide) + bias.to(wide)
     for mask in masks:
         s = s.masked_fill(~mask, -math.inf)
     # A row that is masked throughout gives zeros, as in PyTorch's attention.
     empty = (s == -math.inf).all(-1, keepdim=True)
-    return torch.softmax(s.masked_fill(empty, 0), -1).masked_fill(empty, 0) @ v
+    return torch.softmax(s.masked_fill(empty, 0), -1).masked_fill(empty, 0).to(v.dtype) @ v
 
 
 def _fallback(
@@ -66,7 +68,8 @@ def _fallback(
         bias = bias & causal if bias.dtype == torch.bool else bias.masked_fill(~causal, -math.inf)
         is_causal = False
     if bias is not None and bias.dtype != torch.bool:
-        bias = bias.to(q.dtype)
+        kept = torch.finfo(q.dtype)  # finite numbers stay finite, as they do in the kernels
+        bias = torch.where(bias.isinf(), bias, bias.clamp(kept.min, kept.max)).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=is_causal, scale=scale)
 
 
@@ -221,8 +224,10 @@ def tiles(
 
 
 # --- operators ------------------------------------------------------------------------------------------------
-# Beside o the forward operator returns lse (B, H, Lq), log2 of the sum of exp2 of the logits, which carries no
-# gradient. Outputs are laid out as (batch, length, heads, dim), where the layers around attention want them.
+# Beside o the forward operator returns lse (B, H, Lq), log2 of the sum of exp of the scores, which carries no
+# gradient; where a bias is added (B, H, 2, Lq), their maximum m and log2 of the sum of exp(score - m), since the sum
+# of the two has no digits left for the second at a mask of -1e9. Outputs are laid out as (batch, length, heads, dim),
+# where the layers around attention want them.
 
 
 @functools.cache
@@ -256,6 +261,13 @@ def _empty_rows(q: Tensor) -> Tensor:
     return runtime.empty(q.shape[:3], runtime.accumulator(q.dtype), q.device)
 
 
+def _empty_sums(q: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None or bias.dtype == torch.bool:
+        return _empty_rows(q)
+    batch, heads, queries = q.shape[:3]
+    return runtime.empty((batch, heads, 2, queries), runtime.accumulator(q.dtype), q.device)
+
+
 def _unit_columns(*tensors: Tensor | None) -> list[Any]:
     """The kernels read rows whose elements are neighbours."""
     return [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
@@ -268,7 +280,7 @@ def _forward(
     from ._attention_kernels import forward_launch
 
     q, k, v = _unit_columns(q, k, v)
-    o, lse = _empty_like(q), _empty_rows(q)
+    o, lse = _empty_like(q), _empty_sums(q, bias)
     with runtime.on_device(q):
         forward_launch(
             q, k, v, bias, is_causal, scale, o, lse, _precision(q), _tiles("forward", q, k, bias)
@@ -372,7 +384,7 @@ def _backward(
 
 @_forward.register_fake
 def _(q, k, v, bias, is_causal, scale):
-    return _empty_like(q), _empty_rows(q)
+    return _empty_like(q), _empty_sums(q, bias)
 
 
 @_tangent.register_fake
@@ -484,7 +496,11 @@ def attention(
             row are neighbours.
         k, v: (batch, heads, Lk, dim), of the dtype of q.
         bias: broadcasts to (batch, heads, Lq, Lk); added to the scores, or, when Boolean, a mask whose True
-            entries take part. A query whose keys are all masked gives zeros.
+            entries take part. A query whose keys are all masked, by False or -inf, gives zeros. The sum of scores
+            and bias is rounded to float32 and nothing else happens to finite numbers, as in PyTorch's "math"
+            attention: where a mask holds the lowest number of float32 or bfloat16 in place of -inf, a query with no
+            other key gives the mean of v (the sum leaves nothing of the scores); where it holds -1e4, the softmax
+            of the scores to 3 decimals.
         is_causal: query i sees the keys j <= i only (counted from the first, whatever Lq and Lk); may be
             combined with bias.
         scale: of the scores; None means dim ** -0.5.
@@ -523,13 +539,13 @@ def _explain(
     bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
-) -> str:
+) -> runtime.Answer:
     q, k, v = runtime.autocast(q, k, v)
     _check(q, k, v, bias)
     reason = supported(q, k, v, bias)
     if reason is not None:
-        return f"attention: plain torch, because {reason}"
+        return runtime.Answer("attention", reason, "")
     first, second = split_head_dim(q.shape[3])
     passes: tuple[Pass, ...] = ("forward", "tangent", "dq", "dkdv")
     chosen = ", ".join(f"{which} {_tiles(which, q, k, bias)}" for which in passes)
-    return f"attention: Triton, head dim {q.shape[3]} as {first} + {second}, {chosen}"
+    return runtime.Answer("attention", None, f"head dim {q.shape[3]} as {first} + {second}, {chosen}")
