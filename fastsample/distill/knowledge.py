@@ -27,11 +27,14 @@ class OnPairs(Method):
     Args:
         pairs: their number. With too few the student learns them by heart.
         pair_solver, pair_steps: the teacher's sampler.
+        pair_plan: file of a plan that samples the pairs instead, such as one of ``fs.tune``: as near to the
+            teacher's solution with a third of the evaluations.
     """
 
     pairs: int = 60_000
     pair_solver: str = "unipc"
     pair_steps: int = 16
+    pair_plan: str | None = None
 
     uses_data: ClassVar[bool] = False
     converts: ClassVar[bool] = False
@@ -40,17 +43,37 @@ class OnPairs(Method):
 
     def build(self) -> None:
         self.made: Pairs | None = None
-        # an unknown solver is found here, and not when the pairs are made
-        Sampler(self.teacher, self.pair_solver, self.pair_steps, end="zero")
+        self.pair_sampler()  # what cannot be used is found here, and not when the pairs are made
+
+    def pair_sampler(self) -> Sampler:
+        """What samples the pairs.
+
+        Raises:
+            ValueError: no such solver, or a plan that is not there, that the teacher cannot use or that draws noise.
+        """
+        if self.pair_plan is None:
+            return Sampler(self.teacher, self.pair_solver, self.pair_steps, end="zero")
+        if not Path(self.pair_plan).is_file():
+            raise ValueError(
+                f"pair_plan={str(self.pair_plan)!r}: there is no such file; give the file of a plan, as "
+                "fastsample tune writes it"
+            )
+        sampler = Sampler(self.teacher, plan=self.pair_plan)
+        if sampler.plan.stochastic:
+            raise ValueError(
+                f"pair_plan={self.pair_plan!r} draws noise; a pair is a noise and where it leads, which needs a "
+                "deterministic plan"
+            )
+        return sampler
 
     def prepare(self, data: Any, folder: Path, *, seed: int = 0, progress: bool = False) -> None:
+        sampler = self.pair_sampler()
         self.made = make_pairs(
-            self.teacher,
+            sampler,
             data,
             self.pairs,
             folder / "pairs",
             solver=self.pair_solver,
-            steps=self.pair_steps,
             seed=seed,
             progress=progress,
         )

@@ -235,6 +235,32 @@ def test_pairs_of_another_teacher_are_refused(tmp_path: Path) -> None:
         make_pairs(other, "digits", 20, tmp_path, steps=2)
 
 
+def test_pairs_by_a_plan(tmp_path: Path) -> None:
+    """A tuned plan samples the teacher's pairs; one that draws noise or is of another process is refused."""
+    teacher = tiny_teacher()
+    teacher.net.eval()  # type: ignore[attr-defined]
+    quick = {"trajectories": 16, "heldout": 8, "reference_steps": 8, "iterations": 1}
+
+    def saved(plan: fs.Plan) -> str:
+        plan.save(tmp_path / "plan.json")
+        return str(tmp_path / "plan.json")
+
+    tuned = saved(fs.tune(teacher, 2, **quick))
+    method = distill.Knowledge(teacher, pairs=20, pair_plan=tuned)
+    method.prepare("digits", tmp_path)
+    assert method.made is not None
+    own = fs.Sampler(teacher, plan=tuned)(noise=method.made.noise(torch.arange(20)), **method.made.conditions)
+    torch.testing.assert_close(method.made.x0, own)
+    other = distill.Knowledge(teacher, pairs=20, pair_steps=2)
+    with pytest.raises(ValueError, match="pairs with another plan; give another folder"):
+        other.prepare("digits", tmp_path)
+    with pytest.raises(ValueError, match="draws noise; a pair is"):
+        distill.ReFlow(teacher, pair_plan=saved(fs.Sampler(teacher, "ddim", 2, eta=1.0).plan))
+    flow = fs.wrap(teacher.net, fs.Flow(), "flow", sample_shape=SHAPE)
+    with pytest.raises(ValueError, match="was written for Flow"):
+        distill.Knowledge(teacher, pair_plan=saved(fs.Sampler(flow, steps=2).plan))
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
@@ -253,6 +279,11 @@ def test_pairs_of_another_teacher_are_refused(tmp_path: Path) -> None:
         ("Consistency", {"convert": -5}, "convert=-5"),
         ("LCM", {"skip": 2.5}, r"skip=2\.5"),
         ("Knowledge", {"pair_solver": "nope"}, "nope"),
+        (
+            "Knowledge",
+            {"pair_plan": "no/such/plan.json"},
+            "pair_plan='no/such/plan.json': there is no such file",
+        ),
         ("Progressive", {"grid": "nope"}, "nope"),
     ],
 )
