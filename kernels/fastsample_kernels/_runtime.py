@@ -166,6 +166,14 @@ def on_device(tensor: Tensor) -> Any:
 # -- forward-mode derivatives --------------------------------------------------------------------------------
 
 
+@torch.compiler.assume_constant_result  # the compiler keeps the stack as it traces, but cannot read it
+def _within_vmap() -> bool:
+    """Whether the innermost function transform is vmap."""
+    functorch: Any = torch._C._functorch
+    top = functorch.peek_interpreter_stack()
+    return top is not None and top.key() == functorch.TransformType.Vmap
+
+
 def unpack_duals(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None] | None]:
     """Primals and tangents; ``(tensors, None)`` where no tensor carries a tangent.
 
@@ -174,10 +182,8 @@ def unpack_duals(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None],
     """
     if forward_ad._current_level < 0:
         return list(tensors), None
-    functorch: Any = torch._C._functorch
-    top = functorch.peek_interpreter_stack()  # outside vmap(jvp(f)), batched tensors pass
-    within_vmap = top is not None and top.key() == functorch.TransformType.Vmap
-    if within_vmap and any(t is not None and functorch.is_batchedtensor(t) for t in tensors):
+    # outside vmap(jvp(f)), batched tensors pass
+    if _within_vmap() and any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in tensors):
         raise NotImplementedError(
             "forward-mode derivative of a vmapped kernel, jvp(vmap(f)): put vmap outside, vmap(jvp(f)), or run the "
             "plain modules there (unpatch the model)"

@@ -469,6 +469,7 @@ def test_opcheck(kind):
     opcheck(module._backward, (torch.randn_like(o), *plain, fixed, o, lse, False, 0.5, bias is not None))
 
 
+@pytest.mark.quick
 def test_compiles_into_one_graph():
     tensors = inputs(2, 2, 5, 4) | {"bias": make_bias("head bias", 2, 2, 5, 4, torch.float64)}
     do = normal(2, 2, 5, 8, seed=5)
