@@ -166,12 +166,16 @@ def on_device(tensor: Tensor) -> Any:
 # -- forward-mode derivatives --------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result  # the compiler keeps the stack as it traces, but cannot read it
 def _within_vmap() -> bool:
     """Whether the innermost function transform is vmap."""
     functorch: Any = torch._C._functorch
     top = functorch.peek_interpreter_stack()
     return top is not None and top.key() == functorch.TransformType.Vmap
+
+
+# The compiler keeps the stack as it traces, but cannot read it. This is what torch.compiler.assume_constant_result
+# sets; the decorator itself would import the compiler, and with it Triton.
+_within_vmap._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unpack_duals(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None] | None]:
