@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,7 +58,8 @@ def network(run: Path) -> list[str]:
             (by,) = point["metrics"].values()
             place = by["train"]["place"]
             distance = f"{by['train']['value']:.3f} +- {2 * by['train']['se']:.3f}"
-            cells.append(f"{point['rmse']:.4f}; {f'**{distance}**' if place == 'best' else distance}")
+            error = "" if point["rmse"] is None else f"{point['rmse']:.4f}; "  # of what draws no noise
+            cells.append(error + (f"**{distance}**" if place == "best" else distance))
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     reference = data["reference"]
     (by,) = reference["metrics"].values()
@@ -80,6 +82,27 @@ def fits(folder: Path) -> list[str]:
     return lines
 
 
+def config(run: Path) -> dict[str, Any]:
+    """The settings of a run."""
+    settings: dict[str, Any] = json.loads((run / "results.json").read_text(encoding="utf-8"))["run"]["config"]
+    return settings
+
+
+def others(run: Path) -> list[str]:
+    """The table of a run of other solvers."""
+    settings = config(run)
+    budgets = "".join(f" {n} |" for n in NFE)
+    return [
+        f"The other solvers beside the same plans, {settings['n']} samples, seeds {settings['seeds']}; those that "
+        "draw noise have a distance alone:",
+        "",
+        f"| |{budgets}",
+        "|---" * (len(NFE) + 1) + "|",
+        *network(run)[:-2],
+        "",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -87,6 +110,7 @@ def main() -> None:
     parser.add_argument("--model", default="digits", choices=("digits", "fashion-mnist"))
     parser.add_argument("--run", type=Path, default=Path("runs/tuned-bench"))
     parser.add_argument("--plans", type=Path, nargs="+", default=[Path("runs/tuned"), Path("runs/matched")])
+    parser.add_argument("--others", type=Path, help="a run of other solvers and the same plans")
     parser.add_argument("--note", default="", help="a sentence on settings of the fits for the table")
     arguments = parser.parse_args()
     budgets = "".join(f" {n} |" for n in NFE)
@@ -97,7 +121,7 @@ def main() -> None:
         f"| |{budgets}",
         rule,
     ]
-    settings = json.loads((arguments.run / "results.json").read_text(encoding="utf-8"))["run"]["config"]
+    settings = config(arguments.run)
     lines = [
         f"# Tuned plans on `{arguments.model}`",
         "",
@@ -110,6 +134,7 @@ def main() -> None:
         rule,
         *network(arguments.run),
         "",
+        *(others(arguments.others) if arguments.others else []),
         "What the fits took: error of the start and of the result on held-out noise, the result's error there "
         "over that on the noise it was fitted to, evaluations, and these as a multiple of sampling the "
         "trajectories once." + (f" {arguments.note}" if arguments.note else ""),
