@@ -52,7 +52,7 @@ def close(a: dict[str, Any], b: dict[str, Any]) -> None:
     for key, value in a.items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(b[key], value, rtol=1e-8, atol=1e-10)
-        else:
+        elif key != "/best/sha256":  # of weights that are near, not equal
             assert b[key] == value, key
 
 

@@ -33,9 +33,9 @@ from fastsample.zoo.mixture import MixtureNet, digits_mixture
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training that nothing interrupted."""
+    """A training that nothing interrupted, with one thread as the killed ones: the network's last bits depend on it."""
     folder = tmp_path_factory.mktemp("whole")
-    tiny_trainer().fit(folder)
+    train_until_killed(str(folder))
     return folder
 
 
@@ -88,7 +88,7 @@ def kill_and_resume(folder: Path, kills: int, most: int, seed: int) -> list[int]
             if lines.exists() and lines.stat().st_ino != old and _last_step(lines) >= begun + further:
                 break
             time.sleep(0.002)
-        time.sleep(rng.uniform(0.0, 0.1 if further else 0.6))
+        time.sleep(rng.uniform(0.0, 0.02 if further else 0.6))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
             hit.append(max(checkpoints.steps(), default=0))
@@ -105,7 +105,7 @@ def _last_step(lines: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("kills", "most"), [(4, 12), pytest.param(22, 5, marks=pytest.mark.slow)], ids=["few", "many"]
+    ("kills", "most"), [(4, 12), pytest.param(22, 4, marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_resume_after_sigkill_is_bit_identical(kills: int, most: int, tmp_path: Path, whole: Path) -> None:
     """Weights, optimiser, averages, best and log are those of the training that was not killed."""
