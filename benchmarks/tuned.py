@@ -25,6 +25,7 @@ from fastsample.zoo import MODELS
 from fastsample.zoo.mixture import digits_mixture
 
 NFE = (3, 4, 5, 6, 8, 10)
+HEADER = ["| |" + "".join(f" {n} |" for n in NFE), "|---" * (len(NFE) + 1) + "|"]
 
 
 def mixture() -> list[str]:
@@ -45,7 +46,7 @@ def mixture() -> list[str]:
 
 
 def network(run: Path) -> list[str]:
-    """Rows of RMSE and Frechet distance of every solver of a finished run, and its samples and seeds."""
+    """Rows of RMSE and Frechet distance of every solver of a finished run."""
     data = json.loads((run / "results.json").read_text(encoding="utf-8"))
     lines = []
     for label in dict.fromkeys(p["label"] for p in data["points"]):
@@ -61,11 +62,13 @@ def network(run: Path) -> list[str]:
             error = "" if point["rmse"] is None else f"{point['rmse']:.4f}; "  # of what draws no noise
             cells.append(error + (f"**{distance}**" if place == "best" else distance))
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    reference = data["reference"]
-    (by,) = reference["metrics"].values()
-    lines.append("")
-    lines.append(f"The model's own solution: {by['train']['value']:.3f} +- {2 * by['train']['se']:.3f}.")
     return lines
+
+
+def solution(run: Path) -> str:
+    """The distance of the model's own solution in a finished run."""
+    (by,) = json.loads((run / "results.json").read_text(encoding="utf-8"))["reference"]["metrics"].values()
+    return f"The model's own solution: {by['train']['value']:.3f} +- {2 * by['train']['se']:.3f}."
 
 
 def fits(folder: Path) -> list[str]:
@@ -91,14 +94,12 @@ def config(run: Path) -> dict[str, Any]:
 def others(run: Path) -> list[str]:
     """The table of a run of other solvers."""
     settings = config(run)
-    budgets = "".join(f" {n} |" for n in NFE)
     return [
         f"The other solvers beside the same plans, {settings['n']} samples, seeds {settings['seeds']}; those that "
         "draw noise have a distance alone:",
         "",
-        f"| |{budgets}",
-        "|---" * (len(NFE) + 1) + "|",
-        *network(run)[:-2],
+        *HEADER,
+        *network(run),
         "",
     ]
 
@@ -113,13 +114,10 @@ def main() -> None:
     parser.add_argument("--others", type=Path, help="a run of other solvers and the same plans")
     parser.add_argument("--note", default="", help="a sentence on settings of the fits for the table")
     arguments = parser.parse_args()
-    budgets = "".join(f" {n} |" for n in NFE)
-    rule = "|---" * (len(NFE) + 1) + "|"
     mixed = [
         "Digits mixture, RMSE / median over samples to the exact solution, 512 unseen noises, by evaluations:",
         "",
-        f"| |{budgets}",
-        rule,
+        *HEADER,
     ]
     settings = config(arguments.run)
     lines = [
@@ -130,9 +128,10 @@ def main() -> None:
         f"standard errors (bold: best at that budget beyond them, paired); {settings['n']} samples, seeds "
         f"{settings['seeds']}. *tuned* plans are fitted to the error alone, *matched* ones to the data's moments, too:",
         "",
-        f"| |{budgets}",
-        rule,
+        *HEADER,
         *network(arguments.run),
+        "",
+        solution(arguments.run),
         "",
         *(others(arguments.others) if arguments.others else []),
         "What the fits took: error of the start and of the result on held-out noise, the result's error there "

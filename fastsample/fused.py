@@ -89,6 +89,4 @@ def _last_uses(plan: Plan) -> tuple[dict[int, int], dict[int, int]]:
     for r, row in enumerate(plan.rows):
         states |= dict.fromkeys(row.states, r)
         predictions |= dict.fromkeys(row.predictions, r)
-        if r and plan.rows[r - 1].evaluates:  # its conversion reads the state that it was evaluated at
-            states[r] = max(states.get(r, r), r)
     return states, predictions

@@ -224,12 +224,14 @@ class _Start:
 
     Attributes:
         name, plan: the solver's.
+        median: its error on the training samples.
         least_square: the least squared error of the starts that competed, as a share of this one's.
         least_moments: the least squares of ``match=`` among them.
     """
 
     name: str
     plan: Plan
+    median: float
     least_square: float
     least_moments: float
 
@@ -439,8 +441,7 @@ class _Fit:
         name, chosen = begin_with.name, begin_with.plan
         before = self.errors_of(chosen, self.unseen)
         # the scale from the training samples: held-out ones decide nothing but the selection
-        scale = self.errors_of(chosen, self.training).median
-        self.objective = replace(self.objective, c=2 * max(scale, 1e-9))
+        self.objective = replace(self.objective, c=2 * max(begin_with.median, 1e-9))
         if self.match is not None:
             loss = self.errors_of(chosen, self.training).loss * begin_with.least_square
             self.match_weight = self.match.weight * loss / begin_with.least_moments
@@ -545,7 +546,8 @@ class _Fit:
             return e.rmse**2 / square + self.match.weight * e.moments / moments
 
         name = min(found, key=badness)
-        return _Start(name, plans[name], square / max(found[name].rmse ** 2, 1e-30), moments)
+        chosen = found[name]
+        return _Start(name, plans[name], chosen.median, square / max(chosen.rmse**2, 1e-30), moments)
 
     def _named_plan(self, name: str, steps: int, auto: Plan) -> Plan:
         """A solver at ``steps`` evaluations, ending where ``auto`` ends."""

@@ -83,47 +83,30 @@ def dit() -> Case:
 
 
 def sd3() -> Case:
-    torch.manual_seed(4)
-    net = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        caption_projection_dim=16,
-        joint_attention_dim=12,
-        pooled_projection_dim=12,
-        out_channels=4,
-    )
-    given: dict[str, Any] = {
-        "hidden_states": _randn(2, 4, 8, 8),
-        "encoder_hidden_states": _randn(2, 5, 12, seed=1),
-        "pooled_projections": _randn(2, 12, seed=2),
-        "timestep": torch.tensor([3.0, 500.0]),
-    }
-    return net, lambda model: model(**given).sample
+    return _sd3(4, sample_size=8, num_layers=1)
 
 
 def sd35() -> Case:
     """With norms of queries and keys, and a second attention in its block."""
-    torch.manual_seed(6)
+    return _sd3(6, sample_size=4, num_layers=2, dual_attention_layers=(0,), qk_norm="rms_norm")
+
+
+def _sd3(seed: int, *, sample_size: int, **settings: Any) -> Case:
+    torch.manual_seed(seed)
     net = diffusers.SD3Transformer2DModel(
-        sample_size=4,
+        sample_size=sample_size,
         patch_size=1,
         in_channels=4,
-        num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
         caption_projection_dim=16,
         joint_attention_dim=12,
         pooled_projection_dim=12,
         out_channels=4,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
+        **settings,
     )
     given: dict[str, Any] = {
-        "hidden_states": _randn(2, 4, 4, 4),
+        "hidden_states": _randn(2, 4, sample_size, sample_size),
         "encoder_hidden_states": _randn(2, 5, 12, seed=1),
         "pooled_projections": _randn(2, 12, seed=2),
         "timestep": torch.tensor([3.0, 500.0]),
