@@ -4,8 +4,9 @@
     python benchmarks/distilled.py --methods knowledge ect --seeds 0 --steps 2000
     python benchmarks/distilled.py --out runs/distilled --table     # writes benchmarks/results/distilled-digits.md
     python benchmarks/distilled.py --teacher fashion-mnist --batch-size 64 --samples 2000 --out runs/fashion
+    python benchmarks/distilled.py --teacher fashion-mnist --methods ect --steps 20000 --device cuda --out runs/fashion
 
-Killed and started again it goes on.
+Killed and started again it goes on, on whatever device. Fashion-MNIST is read from where FASTSAMPLE_DATA says.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import platform
 import resource
 import statistics
 import time
@@ -23,9 +23,11 @@ import torch
 
 import fastsample as fs
 from fastsample import distill
+from fastsample.bench.provenance import device_name
 from fastsample.distill.data import as_data
 from fastsample.distill.evaluation import Evaluation
-from fastsample.distill.student import Student
+from fastsample.distill.student import Student, record
+from fastsample.distributed import resolve_device
 from fastsample.metrics import FrechetReference
 from fastsample.zoo import MODELS
 
@@ -57,18 +59,21 @@ def to_the_solution(denoiser: fs.Denoiser, evaluation: Evaluation) -> Evaluation
 
 
 def student_rows(out: Path, metric: str, own: Evaluation) -> list[str]:
-    """The rows of all students that are finished, by method and number of updates."""
+    """The rows of all students that are finished, by method, number and size of updates, and where they were made."""
     lines = [
-        "| method | updates | seeds | 1 step | 2 steps | 4 steps | 1 step, to the teacher's solution | minutes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | updates | of images | seeds | 1 step | 2 steps | 4 steps | 1 step, to the teacher's solution "
+        "| minutes | on |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    groups: dict[tuple[int, int], list[Path]] = {}
+    groups: dict[tuple[int, int, int, str], list[Path]] = {}
     order = list(distill.METHODS)
     for folder in sorted(f.parent for f in out.glob("*/manifest.json")):
         name, updates, _ = folder.name.rsplit("-", 2)
-        groups.setdefault((order.index(name), int(updates)), []).append(folder)
-    for (place, updates), folders in sorted(groups.items()):
-        students = [fs.load(f) for f in folders]
+        size, machine = record(folder)["training"]["batch_size"], folder / "machine.txt"
+        made = machine.read_text() if machine.exists() else ""
+        groups.setdefault((order.index(name), int(updates), size, made), []).append(folder)
+    for (place, updates, size, made), folders in sorted(groups.items()):
+        students = [fs.load(f, device=own.device) for f in folders]
         cells: list[str] = []
         for k in (1, 2, 4):
             rows = [row for s in students for row in s.measured if row["steps"] == k]
@@ -80,7 +85,7 @@ def student_rows(out: Path, metric: str, own: Evaluation) -> list[str]:
         cells.append(_mean([e.value for e in followed], [e.se for e in followed]))
         minutes = statistics.fmean(float((f / "minutes.txt").read_text()) for f in folders)
         lines.append(
-            f"| `{order[place]}` | {updates} | {len(folders)} | {' | '.join(cells)} | {minutes:.1f} |"
+            f"| `{order[place]}` | {updates} | {size} | {len(folders)} | {' | '.join(cells)} | {minutes:.1f} | {made} |"
         )
     return lines
 
@@ -101,12 +106,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--samples", type=int, default=10_000, help="of each distance in the table")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/distilled"))
     parser.add_argument("--note", default="", help="a sentence about the machine for the table")
     parser.add_argument("--table", action="store_true", help="only write the table of what is finished")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    device = resolve_device(args.device)
     entry = MODELS[args.teacher]
     for seed in [] if args.table else args.seeds:
         for name in args.methods:
@@ -123,23 +130,24 @@ def main() -> None:
                 seed=seed,
                 metric=entry.metric,
                 final_samples=args.samples,
-                device="cpu",
+                device=args.device,
             )
             student = trainer.fit(folder)
             minutes = (time.perf_counter() - started) / 60
             (folder / "minutes.txt").write_text(f"{minutes:.2f}")
+            (folder / "machine.txt").write_text(device_name(device))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             print(name, seed, student.measured, f"{minutes:.1f} min", f"peak {peak:.0f} MB", flush=True)
     if args.table:
         denoiser = fs.zoo.load(args.teacher)
-        evaluation = Evaluation(entry.metric, args.samples, as_data(entry.data), torch.device("cpu"))
+        denoiser.net.to(device)
+        evaluation = Evaluation(entry.metric, args.samples, as_data(entry.data).near(device), device)
         text = [
             f"# Students of the network `{args.teacher}`",
             "",
             f"`{entry.metric}` to the training images, {args.samples} samples, lower is better, with its standard "
-            f"error; batches of {args.batch_size}; {args.threads} CPU thread, torch {torch.__version__}, "
-            f"{platform.machine()}. "
-            f"Written by `python benchmarks/distilled.py --teacher {args.teacher} --table`.",
+            f"error; measured with torch {torch.__version__} on {device_name(device)}. Written by "
+            f"`python benchmarks/distilled.py --teacher {args.teacher} --table`.",
             *(["", args.note] if args.note else []),
             "",
             *student_rows(args.out, entry.metric, to_the_solution(denoiser, evaluation)),

@@ -71,11 +71,12 @@ class Captured:
         streams = {stream for row in plan.rows for stream in row.noises}
         self.noises = {stream: run.noise(stream, x) for stream in streams}
         self.network = _with_own_memory(run.network)
+        self.times = times_of(plan, run, x)  # kept, since every replay reads them
         static = dataclasses.replace(
             run,
             network=self.network,
             noise=lambda stream, like: self.noises[stream],
-            times=times_of(plan, run, x),
+            times=self.times,
             draws=None,
         )
         rows = execute if run.draws is None else execute_fused

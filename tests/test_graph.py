@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +66,23 @@ def test_replays_follow_seed_noise_state_and_conditions(name: str, captures: lis
         sampler(graph=True, shape=(3, 4), seed=99, **labels_of(name, [0, 0, 0]))
         assert torch.equal(first, kept), "a result is not to be overwritten by the next replay"
     assert len(captures) == 1
+
+
+def test_what_a_graph_reads_stays_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay reads memory, not the tensors of the run that was captured; those may be gone by then."""
+    seen: list[weakref.ref[Tensor]] = []
+
+    def watched(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        seen.extend(weakref.ref(part if part._base is None else part._base) for part in (t, labels))
+        return net(x, t)
+
+    monkeypatch.setattr(graph, "capture", lambda function: (function().clone(), lambda: None))
+    monkeypatch.setattr("fastsample.sampler.require", lambda *args, **kwargs: None)
+    sampler = fs.Sampler(fs.wrap(watched, fs.VP.linear(), "v"), "dpmpp_2m", 3)
+    sampler(shape=(2, 4), labels=torch.arange(2), graph=True)
+    gc.collect()
+    assert len(seen) == 6
+    assert all(reference() is not None for reference in seen)
 
 
 def test_a_given_state_is_not_overwritten(captures: list[Tensor]) -> None:

@@ -64,6 +64,7 @@ def distill(config: DistillConfig) -> Path:
             metric=metric,
             evaluate_every=config.evaluation.every,
             samples=config.evaluation.samples,
+            best_at=config.evaluation.best_at,
             final_samples=config.evaluation.final_samples,
             progress=True,
             device=config.device,

@@ -241,6 +241,9 @@ class EvaluationConfig:
     )
     every: int | None = option(None, "Updates between evaluations; null: a tenth of the training.")
     samples: int = option(1000, "Samples of an evaluation.")
+    best_at: list[int] = option(
+        [], "The best has the least distance at these numbers of steps (the largest counts); empty: at all."
+    )
     final_samples: int = option(10000, "Samples of the last one, which the model card reports.")
 
 

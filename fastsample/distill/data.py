@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import random
@@ -115,6 +116,15 @@ class Data:
     def __len__(self) -> int:
         return len(self.dataset if self.x is None else self.x)
 
+    def near(self, device: torch.device) -> Data:
+        """The same data on a device, where they are in memory and less than 1 GiB: no batch is copied to it."""
+        held = [] if self.x is None else [self.x, *self._conditions.values()]
+        if not held or sum(v.numel() * v.element_size() for v in held) > IN_MEMORY:
+            return self
+        other = copy.copy(self)
+        other.x, other._conditions = _on(device, held[0], self._conditions)
+        return other
+
     def _is_random(self) -> bool:
         said = getattr(self.dataset, "random", None)
         if isinstance(said, bool):
@@ -191,7 +201,7 @@ class Data:
             seeded = _Seeded(self, seed)
             x, conditions = _stacked([seeded[i] for i in index.tolist()])
         else:
-            which = shuffled(index, len(self), seed).to(self.x.device)
+            which = shuffled(index, len(self), seed).to(self.x.device, non_blocking=True)
             x, conditions = self.x[which], {k: v[which] for k, v in self._conditions.items()}
         return _on(device, x, conditions)
 

@@ -98,7 +98,7 @@ class ICT(_DataDriven):
         process = self.teacher.process
         error = self.ends(batch, *(time_of_rho(process, levels[j]) for j in (i + 1, i)))
         weight = 1 / (levels[i + 1] - levels[i])
-        return weight.to(error.device, error.dtype) * pseudo_huber(error)
+        return weight.to(error.device, error.dtype, non_blocking=True) * pseudo_huber(error)
 
 
 @dataclass
@@ -146,4 +146,4 @@ class ECT(_DataDriven):
         lower = torch.where(zero, 0.0, lower)
         error = self.ends(batch, t, r)
         weight = 1 / (rho - lower)
-        return weight.to(error.device, error.dtype) * pseudo_huber(error, self.c)
+        return weight.to(error.device, error.dtype, non_blocking=True) * pseudo_huber(error, self.c)

@@ -132,7 +132,7 @@ def _is_image(shape: tuple[int, ...]) -> bool:
 
 
 class Best:
-    """The best weights so far, by the mean distance over the student's numbers of steps."""
+    """The best weights so far: those with the least value."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -89,7 +89,7 @@ class OnPairs(Method):
                 "there are no pairs yet: call method.prepare(data, folder) before the first loss"
             )
         which = shuffled(batch.index, len(self.made), batch.seed)
-        at = which.to(self.made.x0.device)
+        at = which.to(self.made.x0.device, non_blocking=True)
         conditions = {k: v[at] for k, v in self.made.conditions.items()}
         return self.made.noise(which), self.made.x0[at], conditions
 

@@ -15,7 +15,7 @@ from ..denoiser import Denoiser, _matched, as_conditions
 from ..errors import unknown
 from ..solvers.consistency import lcm_boundary
 from .batch import Batch
-from .consistency import METRICS
+from .consistency import METRICS, as_v
 from .limits import COUNT, DECAY, POSITIVE, WEIGHT, Limit
 from .method import Method, follow
 from .prediction import column, noised, predict
@@ -43,7 +43,9 @@ class LCM(Method):
         skip: k, training times a DDIM step (section 4.3: 20).
         train_steps: N, the number of training times, laid on the process's own grid.
         target_decay: mu of the target's moving average (the paper: 0.999943, over 100,000 updates).
-        metric: "pseudo_huber" or "l2" (the paper).
+        metric: "l2" (the paper) or "pseudo_huber", whose force does not shrink with the error.
+        space: what errors are measured in: "v", or "x0" (the paper), where the first link of the chain, which alone
+            ties the student to the teacher, weighs next to nothing and the student drifts away.
         timestep_scaling: how fast ``f`` leaves the identity.
         at: the name of the network's time embedding, where it is not found by itself.
     """
@@ -53,7 +55,8 @@ class LCM(Method):
     skip: int = 20
     train_steps: int = 1000
     target_decay: float = 0.95
-    metric: str = "pseudo_huber"
+    metric: str = "l2"
+    space: str = "v"
     timestep_scaling: float = 10.0
     at: str | None = None
 
@@ -70,6 +73,8 @@ class LCM(Method):
     def build(self) -> None:
         if self.metric not in METRICS:
             raise unknown("metric", self.metric, METRICS)
+        if self.space not in ("v", "x0"):
+            raise unknown("space", self.space, ("v", "x0"))
         if self.w_min > self.w_max:
             raise ValueError(f"w_min={self.w_min}, w_max={self.w_max}: need 0 <= w_min <= w_max")
         if self.skip >= self.train_steps:
@@ -127,7 +132,8 @@ class LCM(Method):
         told = {**batch.conditions, **({"guidance": (1 + w).to(x.device, x.dtype)} if self.told else {})}
         with torch.no_grad():
             target = self.end(self.denoiser("target"), before, s, told)
-        return METRICS[self.metric](self.end(self.denoiser("student"), x, t, told) - target)
+        error = self.end(self.denoiser("student"), x, t, told) - target
+        return METRICS[self.metric](as_v(error, self.teacher.process, t) if self.space == "v" else error)
 
     @torch.no_grad()
     def step(self, x: Tensor, t: Tensor, s: Tensor, w: Tensor, conditions: Mapping[str, Any]) -> Tensor:

@@ -44,7 +44,8 @@ class Pairs:
 
     def noise(self, index: Tensor) -> Tensor:
         """Standard normal noise of the pairs ``index`` (B,)."""
-        return normal((len(index), *self.x0.shape[1:]), self.seed, index.to(self.x0.device), START)
+        index = index.to(self.x0.device, non_blocking=True)
+        return normal((len(index), *self.x0.shape[1:]), self.seed, index, START)
 
 
 def make_pairs(

@@ -89,9 +89,10 @@ def predict(
     t = process.snap(t)
     alpha, sigma, _ = process._look_up(t)
     p, q = coefficients(denoiser.prediction, alpha, sigma, space)
-    told = denoiser.told(process.network_time(t)).to(x.device, denoiser.time_dtype(x.dtype))
+    told = denoiser.told(process.network_time(t))
+    told = told.to(x.device, denoiser.time_dtype(x.dtype), non_blocking=True)
     if step is not None:
-        step = step.to(x.device, x.dtype)
+        step = step.to(x.device, x.dtype, non_blocking=True)
     out = _guided(denoiser, x, told, sigma / alpha, conditions, step)
     return column(p, x) * x + column(q, x) * out.to(x.dtype)
 

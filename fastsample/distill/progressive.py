@@ -96,7 +96,7 @@ class Progressive(Method):
         target = self.target(previous, x, t, middle, s, batch.conditions)
         # max(snr, 1), eq. 9, kept finite where the paper's schedule ends
         snr = (process.alpha(t) / process.sigma(t)) ** 2
-        weight = snr.clamp(min=1, max=1e4).to(x.device, x.dtype)
+        weight = snr.clamp(min=1, max=1e4).to(x.device, x.dtype, non_blocking=True)
         return weight * squared(self.predict("student", x, t, batch) - target)
 
     @torch.no_grad()

@@ -115,7 +115,7 @@ class Shortcut(StepSized):
         # each network sees only the samples that it is needed for
         for rows, function in (((~share).nonzero()[:, 0], self._plain), (share.nonzero()[:, 0], self._twice)):
             if len(rows):
-                at = rows.to(x.device)
+                at = rows.to(x.device, non_blocking=True)
                 chosen = dataclasses.replace(
                     batch,
                     index=batch.index[rows],
@@ -137,7 +137,7 @@ class Shortcut(StepSized):
         smallest = size * self.finest < 1.5 * self.tau_max
         for rows, function in ((smallest, self.taught), (~smallest, partial(self.two_steps, "target"))):
             if bool(rows.any()):
-                at = rows.nonzero()[:, 0].to(x.device)
+                at = rows.nonzero()[:, 0].to(x.device, non_blocking=True)
                 conditions = taken(batch.conditions, at, len(batch))
                 target[at] = function(x[at], tau[rows], half[rows], conditions)
         return target

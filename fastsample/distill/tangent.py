@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -111,9 +112,10 @@ class Tangent:
                 self.mode = "secant"
                 return secant()
             raise ValueError(_WHOLE_TIMES)
-        told, dtold = told.to(x.device, dtype), dtold.to(x.device, dtype)
-        steps: list[Tensor] = [] if step is None else [step.to(x.device, x.dtype)]
-        dsteps: list[Tensor] = [] if dstep is None else [dstep.to(x.device, x.dtype)]
+        told, dtold = (v.to(x.device, dtype, non_blocking=True) for v in (told, dtold))
+        steps, dsteps = (
+            [] if v is None else [v.to(x.device, x.dtype, non_blocking=True)] for v in (step, dstep)
+        )
         bound = denoiser.bind(len(x), conditions, x.device)
 
         def network(x: Tensor, told: Tensor, *step: Tensor) -> Tensor:
@@ -168,10 +170,26 @@ class Tangent:
     ) -> tuple[Tensor, Tensor]:
         h = _DIFFERENCE if primals[0].dtype == torch.float32 else _DIFFERENCE / 30
         # the state's own scale; times are differentiated in units of the whole curve
-        ahead, behind = (
-            network(*(a + sign * h * b for a, b in zip(primals, tangents, strict=True))) for sign in (1, -1)
-        )
+        with _full_precision():
+            ahead, behind = (
+                network(*(a + sign * h * b for a, b in zip(primals, tangents, strict=True)))
+                for sign in (1, -1)
+            )
         return network(*primals), (ahead - behind) / (2 * h)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Without TensorFloat-32, whose rounding is as large as the differences that are divided."""
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 class WithTangents(Method):

@@ -80,6 +80,8 @@ class Trainer:
         metric: "fd-digits", "fid", ...; the student's distance to the data, at each of its numbers of steps.
         evaluate_every: updates between evaluations; by default a tenth of the training.
         samples: of an evaluation.
+        best_at: the numbers of steps that choose the best: of the distances at these the largest counts; by
+            default all of the student's.
         final_samples: of the last one, which the model card reports.
         save_every: updates between checkpoints; by default as evaluate_every. One process that is interrupted
             (Ctrl-C, SIGTERM) ends the update it is in and writes one more.
@@ -111,6 +113,7 @@ class Trainer:
     metric: str | None = None
     evaluate_every: int | None = None
     samples: int = 1000
+    best_at: Sequence[int] = ()
     final_samples: int = 10_000
     save_every: int | None = None
     keep: int = 2
@@ -130,6 +133,12 @@ class Trainer:
         self.learning_rate = self.method.learning_rate if self.learning_rate is None else self.learning_rate
         self.betas = as_decays("betas", self.method.betas if self.betas is None else self.betas, 2)  # type: ignore[assignment]
         self.ema, self.power_ema = as_decays("ema", self.ema), tuple(self.power_ema)
+        steps = self.method.steps
+        if not isinstance(self.best_at, Sequence) or not all(k in steps for k in self.best_at):
+            raise ValueError(
+                f"best_at={self.best_at!r}: give numbers of steps that the student is measured at, of {steps}"
+            )
+        self.best_at = tuple(self.best_at) or steps
         resolve_device(self.device)  # refused here, and not after the method has been moved
         self.schedule = self.schedule or self.method.schedule
         if self.schedule not in _SCHEDULES:
@@ -252,6 +261,7 @@ class Trainer:
             "metric",
             "evaluate_every",
             "samples",
+            "best_at",
         ]
         return {k: list(v) if isinstance(v := getattr(self, k), tuple) else v for k in kept}
 
@@ -287,6 +297,7 @@ class _Run:
         # the method's own stay as they are
         method.nets = {name: duplicate(net) for name, net in trainer.method.nets.items()}
         method.teacher = _moved(trainer.method.teacher, self.device)
+        self.data = trainer._data.near(self.device)
         self.seed = trainer.seed
         self.world = self.accelerator.num_processes
         if trainer.batch_size % self.world:
@@ -320,7 +331,7 @@ class _Run:
             self._shard_others()
         self.best = Best(folder / "best.safetensors")
         self.evaluation = Evaluation(
-            trainer.metric, trainer.samples, trainer._data, self.device, decode=method.teacher.decode
+            trainer.metric, trainer.samples, self.data, self.device, decode=method.teacher.decode
         )
         self.step = 0
         self.stopped: int | None = None
@@ -484,7 +495,7 @@ class _Run:
         rank = self.accelerator.process_index
         place = torch.arange(rank * self.share, (rank + 1) * self.share)
         indices = [step * trainer.batch_size + place for step in range(self.step, trainer.steps)]
-        batches = trainer._data.batches(indices, self.device, self.seed, trainer.workers)
+        batches = self.data.batches(indices, self.device, self.seed, trainer.workers)
         started, first = time.perf_counter(), self.step
         with (
             self._stopping(),
@@ -673,7 +684,7 @@ class _Run:
             student = self.student(net)
             distances = {k: self.evaluation.distance(student, k).value for k in student.steps}
             results |= {f"{trainer.metric}.ema{name}.{k}": v for k, v in distances.items()}
-            self.best.offer(sum(distances.values()) / len(distances), self.step, name, net)
+            self.best.offer(max(distances[k] for k in trainer.best_at), self.step, name, net)
         if self.evaluation.metric is None:
             # the longest average that the training has filled
             name = list(self.averages.nets)[-1]
@@ -733,7 +744,7 @@ class _Run:
             final = Evaluation(
                 trainer.metric,
                 trainer.final_samples,
-                trainer._data,
+                self.data,
                 self.device,
                 decode=self.method.teacher.decode,
             )

@@ -121,6 +121,17 @@ def test_the_attribute_random_says_it() -> None:
 # -- what is taken -------------------------------------------------------------------------------------------
 
 
+def test_data_in_memory_lie_on_the_device_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = as_data((torch.zeros(4, *SHAPE), torch.arange(4)))
+    there = data.near(torch.device("meta"))
+    x, conditions = there.take(torch.arange(2), torch.device("meta"))
+    assert x.device.type == conditions["labels"].device.type == "meta"
+    assert data.x is not None
+    assert data.x.device.type == "cpu"
+    monkeypatch.setattr("fastsample.distill.data.IN_MEMORY", 16)
+    assert data.near(torch.device("meta")) is data
+
+
 def test_arrays_lists_and_tensors_are_the_same_data() -> None:
     x, labels = (v[:6] for v in digits("train"))
     array, numbers = x.numpy(), labels.tolist()

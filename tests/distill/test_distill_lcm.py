@@ -72,7 +72,7 @@ def test_the_target_is_a_guided_ddim_step() -> None:
 
 def test_the_loss_asks_for_that_target() -> None:
     """The whole loss, from the paper's words, at the times that it may draw."""
-    method = distill.LCM(labelled(), prediction="eps", w_min=3.0, w_max=3.0, metric="l2")
+    method = distill.LCM(labelled(), prediction="eps", w_min=3.0, w_max=3.0, space="x0")
     x, labels = noise(50).clamp(-1, 1), torch.arange(50) % 3
     batch = Batch.of(x, labels=labels)
     asked: list[Tensor] = []
@@ -101,6 +101,30 @@ def test_the_loss_asks_for_that_target() -> None:
     before = step(x_t, t, s, torch.full((50,), 3.0, dtype=torch.float64), {"labels": labels})
     expected = (f(x_t, t) - f(before, s)).flatten(1).square().mean(dim=1)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_every_link_of_the_chain_weighs_the_same() -> None:
+    """The first one alone ties the student to the teacher; in x0 it weighs less than a hundredth of the last."""
+
+    class Shifted(Labelled):
+        shift = 0.0
+
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            return super().forward(x, t, labels) + self.shift
+
+    def curvature(**settings: Any) -> Tensor:
+        method = distill.LCM(
+            labelled().replace(net=Shifted()), prediction="v", convert=0, w_max=2.0, **settings
+        )
+        net: Any = method.nets["student"]
+        losses = []
+        for net.shift in (-0.1, 0.0, 0.1):
+            losses.append(method.loss(Batch.of(noise(50).clamp(-1, 1), labels=torch.arange(50) % 3)).detach())
+        return (losses[0] + losses[2] - 2 * losses[1]) / 0.1**2
+
+    torch.testing.assert_close(curvature(), torch.full((50,), 2.0, dtype=torch.float64), rtol=1e-4, atol=0)
+    found = curvature(space="x0")
+    assert float(found.max()) > 100 * float(found.min())
 
 
 def test_guidance_within_an_interval_and_without() -> None:
@@ -194,6 +218,7 @@ def test_a_networks_own_argument_is_used() -> None:
         ({"skip": 0}, "skip=0"),
         ({"skip": 1000}, "skip=1000"),
         ({"metric": "l3"}, "metric='l3'"),
+        ({"space": "eps"}, "space='eps'"),
         ({"target_decay": 1.0}, "target_decay=1.0"),
     ],
 )

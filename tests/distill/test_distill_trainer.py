@@ -26,7 +26,9 @@ import fastsample as fs
 from fastsample import distill
 from fastsample.distill.checkpoint import Checkpoints
 from fastsample.distill.ema import PowerAverages, gamma_of_std, weights_of
+from fastsample.distill.evaluation import Evaluation
 from fastsample.errors import NonFiniteError
+from fastsample.metrics.frechet import FrechetEstimate
 from fastsample.zoo.data import digits
 from fastsample.zoo.mixture import MixtureNet, digits_mixture
 
@@ -360,6 +362,8 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
         ({"precision": "fp8"}, "precision='fp8'"),
         ({"schedule": "linear"}, "schedule='linear'"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+        ({"best_at": (1, 3)}, r"best_at=\(1, 3\).*of \(1, 2, 4\)"),
+        ({"best_at": 1}, "best_at=1"),
     ):
         with pytest.raises(ValueError, match=message):
             distill.Trainer(method, "digits", **settings)
@@ -373,14 +377,14 @@ def test_what_a_training_leaves(whole: Path) -> None:
     """Pictures of each evaluation, the best weights by the metric, and TensorBoard's events where it is installed."""
     evaluations = range(8, STEPS + 1, 8)
     assert sorted(f.name for f in (whole / "samples").iterdir()) == [f"{k:08d}.png" for k in evaluations]
-    means = {
-        (line["step"], decay): sum(line[f"fd-digits.ema{decay}.{k}"] for k in (1, 2, 4)) / 3
+    worst = {
+        (line["step"], decay): max(line[f"fd-digits.ema{decay}.{k}"] for k in (1, 2, 4))
         for line in log_of(whole)
         if "fd-digits.ema0.99.1" in line
         for decay in ("0.99", "0.999")
     }
-    assert len(means) == 2 * len(evaluations)
-    best = min(means, key=lambda key: means[key])
+    assert len(worst) == 2 * len(evaluations)
+    best = min(worst, key=lambda key: worst[key])
     training = fs.load(whole).training
     assert (training["best step"], training["best average"]) == best
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -388,6 +392,24 @@ def test_what_a_training_leaves(whole: Path) -> None:
     assert "loss/student" in found.Tags()["scalars"]
     losses = [line["loss.student"] for line in log_of(whole) if "loss.student" in line]
     assert [e.value for e in found.Scalars("loss/student")] == pytest.approx(losses)
+
+
+@pytest.mark.parametrize(
+    ("best_at", "step"), [((), 2), ((1, 2, 4), 2), ((1,), 3), ((2,), 1), ((1, 2), 2), ((4,), 1)]
+)
+def test_the_best_is_the_best_at_its_worst_number_of_steps(
+    best_at: tuple[int, ...], step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Distances that disagree: the first is the best by arithmetic and geometric means, and bad in one step."""
+    table = [{1: 0.43, 2: 0.06, 4: 0.03}, {1: 0.2, 2: 0.24, 4: 0.15}, {1: 0.13, 2: 0.3, 4: 0.15}]
+    rows = iter([row[k] for row in table for k in (1, 2, 4)] + [0.0] * 3)
+
+    def distance(self: Evaluation, student: distill.Student, steps: int, seed: int = 0) -> FrechetEstimate:
+        return FrechetEstimate(next(rows), 0.0, 0.0, self.samples, None, (), ())
+
+    monkeypatch.setattr(Evaluation, "distance", distance)
+    trainer = tiny_trainer(steps=3, evaluate_every=1, save_every=1, ema=[0.5], best_at=best_at)
+    assert trainer.fit(tmp_path).training["best step"] == step
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
