@@ -13,11 +13,12 @@ the reason. Every case first checks that ours and the first peer compute the sam
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Place:
         return torch.randn(shape, device=self.device).to(dtype or self.dtype)
 
     def compiled(self, function: Any) -> Any:
-        return torch.compile(function, backend="eager" if self.dry else "inductor")
+        return torch.compile(function, dynamic=False, backend="eager" if self.dry else "inductor")
 
 
 def gpu() -> Place:
@@ -73,17 +74,48 @@ def dry() -> Place:
     return Place(torch.device("cpu"), True)
 
 
-def seconds(call: Call, place: Place, graph: bool = False) -> float:
-    """Median time of a call: on a GPU by CUDA events after a flush of the L2 cache, or within a CUDA graph."""
+def graphed(call: Call, place: Place) -> Call:
+    """The call as a CUDA graph; on a CPU, which has none, the call."""
+    if place.dry:
+        return call
+    for _ in range(3):  # kernels compile and libraries set up outside of the capture
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def launched(call: Call, place: Place) -> float:
+    """Median time of a call with its launches, whichever of host and GPU is slower; the L2 cache is flushed before."""
     if place.dry:
         began = time.perf_counter()
         call()
         return time.perf_counter() - began
-    from triton.testing import do_bench, do_bench_cudagraph
+    from triton.testing import do_bench
 
-    if graph:
-        return do_bench_cudagraph(call, rep=200, return_mode="median") / 1e3
-    return do_bench(call, warmup=50, rep=300, return_mode="median") / 1e3
+    return do_bench(call, warmup=25, rep=100, return_mode="median") / 1e3
+
+
+def seconds(call: Call, place: Place, cached: bool = False) -> float:
+    """Median time of a call on the GPU alone, as a CUDA graph; ``cached``: repeated, with what the cache holds."""
+    if place.dry or not cached:
+        return launched(graphed(call, place), place)
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(call, rep=100, return_mode="median") / 1e3
+
+
+def host_seconds(call: Call, place: Place) -> float:
+    """Time until a call returns to the host, the GPU not waited for."""
+    count = 1 if place.dry else 100
+    if not place.dry:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - began) / count
 
 
 def copy_bandwidth(place: Place) -> float:
@@ -106,7 +138,7 @@ class Case:
         goal: (measure, least value): "copy" is the part of the copy bandwidth, "tflops" 1e12 operations a second,
             a peer's name how many times faster than it, "sdpa" than the best of PyTorch's attention backends,
             "us" (most, not least) microseconds.
-        graph: whether the calls are timed within a CUDA graph, without the time to launch them.
+        cached: whether the calls are timed one after the other, with what the cache holds.
     """
 
     name: str
@@ -115,7 +147,7 @@ class Case:
     bytes: int = 0
     flops: float = 0.0
     goal: tuple[str, float] | None = None
-    graph: bool = False
+    cached: bool = False
 
 
 def tensors_of(out: Any) -> list[Tensor]:
@@ -138,24 +170,32 @@ def assert_same(case: Case) -> None:
         assert error <= 0.02 * size, f"{case.name}: relative error {error / size:.3g}"
 
 
-def row(case: Case, place: Place, copy: float) -> dict[str, Any]:
-    """The measured line of a case."""
+def warm(case: Case) -> None:
+    """Everything of the case is compiled, and ours is right."""
     assert_same(case)
-    ours = seconds(case.ours, place, case.graph)
+    for peer in case.peers.values():
+        if callable(peer):
+            with contextlib.suppress(Exception):  # which is told when it is timed
+                peer()
+
+
+def row(case: Case, place: Place, bandwidth: float) -> dict[str, Any]:
+    """The measured line of a case."""
+    ours = seconds(case.ours, place, case.cached)
     peers: dict[str, float | str] = {}
     for name, peer in case.peers.items():
         if isinstance(peer, str):
             peers[name] = peer
             continue
         try:
-            peers[name] = seconds(peer, place, case.graph)
+            peers[name] = seconds(peer, place, case.cached)
         except (
             Exception
         ) as error:  # a peer that cannot take the case is a line of the table, not the end of it
             peers[name] = str(error).strip().splitlines()[0][:80]
-    made: dict[str, Any] = {"seconds": ours, "peers": peers}
+    made: dict[str, Any] = {"seconds": ours, "host": host_seconds(case.ours, place), "peers": peers}
     if case.bytes:
-        made |= {"bytes/s": case.bytes / ours, "copy": case.bytes / ours / copy}
+        made |= {"bytes/s": case.bytes / ours, "copy": case.bytes / ours / bandwidth}
     if case.flops:
         made["tflops"] = case.flops / ours / 1e12
     if case.goal is not None:
@@ -249,8 +289,8 @@ def group_norm(place: Place) -> Iterator[Case]:
             if not large and not last:
                 short = {name: call for name, call in peers.items() if name != "apex"}
                 yield Case(
-                    f"forward {where}, in a CUDA graph", lambda given=given: ours(*given), short, 2 * nbytes(x),
-                    goal=("us", 7.0) if shape[0] == 2 else None, graph=True,
+                    f"forward {where}, in cache", lambda given=given: ours(*given), short, 2 * nbytes(x),
+                    goal=("us", 7.0) if shape[0] == 2 else None, cached=True,
                 )  # fmt: skip
 
 
@@ -494,52 +534,54 @@ def networks(place: Place) -> dict[str, Network]:
     }  # fmt: skip
 
 
-def graphed(call: Call, place: Place) -> Call:
-    """The call as a CUDA graph; on a CPU, which has none, the call."""
-    if place.dry:
-        return call
-    for _ in range(3):  # kernels compile and libraries set up outside of the capture
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+# How a network is run: patched (and with attention), and as what.
+VARIANTS: dict[str, tuple[bool | None, str]] = {
+    "eager": (None, "eager"),
+    "compiled": (None, "compiled"),
+    "CUDA graph": (None, "graph"),
+    "patched": (False, "eager"),
+    "patched + compiled": (False, "compiled"),
+    "patched + CUDA graph": (False, "graph"),
+    "patched with attention": (True, "eager"),
+    "patched with attention + CUDA graph": (True, "graph"),
+}
 
 
-def network_row(network: Network, place: Place) -> dict[str, Any]:
-    """Seconds of one evaluation: eager, compiled, patched, and their combinations."""
+def network_row(
+    network: Network,
+    place: Place,
+    variants: Iterable[str] = tuple(VARIANTS),
+    alone: Alone = contextlib.nullcontext,
+) -> dict[str, Any]:
+    """Seconds of one evaluation in each of the variants; ``alone`` as for :func:`rows`."""
     torch.manual_seed(0)
-    model = network.make().to(place.device, place.dtype).eval()
+    with place.device:  # weights are drawn there, which takes a CPU minutes
+        model = network.make().to(place.dtype).eval()
+    models: dict[bool | None, nn.Module] = {None: model}
 
-    def call(run: Any = model) -> Tensor:
+    def call(run: Any) -> Tensor:
         with torch.no_grad():
             return run(**network.inputs, return_dict=False)[0]
 
-    def compiled() -> Call:
-        torch._dynamo.reset()
-        run = place.compiled(model)
-        return lambda: call(run)
-
-    wanted = call()
-    found: dict[str, Any] = {"eager": seconds(call, place), "compiled": _warm(compiled(), place)}
-    for name, attention in (("patched", False), ("patched with attention", True)):
-        report = fk.patch(model, attention=attention)
-        assert report.replaced, report
-        assert report.runs_here is None, report
-        error = (call().double() - wanted.double()).square().mean() ** 0.5
-        assert error <= 0.05 * wanted.double().square().mean() ** 0.5, f"{name}: {error:.3g}"
-        found[name] = _warm(call, place)
-        found[f"{name} + compiled"] = _warm(compiled(), place)
-        found[f"{name} + CUDA graph"] = seconds(graphed(call, place), place)
-        fk.unpatch(model)
-    found["CUDA graph"] = seconds(graphed(call, place), place)
-    return {"variants": found}
-
-
-def _warm(call: Call, place: Place) -> float:
-    call()
-    return seconds(call, place)
+    wanted = call(model).double()
+    calls: dict[str, Call] = {}
+    for name in variants:
+        patched, how = VARIANTS[name]
+        if patched not in models:
+            models[patched] = copy.deepcopy(model)
+            report = fk.patch(models[patched], attention=bool(patched))
+            assert report.replaced, report
+            assert report.runs_here is None, report
+        run: Any = models[patched]
+        if how == "compiled":
+            run = place.compiled(run)
+        calls[name] = lambda run=run: call(run)
+        if how == "graph":
+            calls[name] = graphed(calls[name], place)
+        error = (call(run).double() - wanted).square().mean() ** 0.5
+        assert error <= 0.05 * wanted.square().mean() ** 0.5, f"{name}: {error:.3g}"
+    with alone():
+        return {"variants": {name: launched(run, place) for name, run in calls.items()}}
 
 
 # -- tables --------------------------------------------------------------------------------------------------
@@ -552,24 +594,42 @@ GROUPS: dict[str, Callable[[Place], Iterator[Case]]] = {
 }
 
 
-def rows(group: Callable[[Place], Iterator[Case]], place: Place) -> dict[str, Any]:
-    """The measured lines of a group."""
+Alone = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+def rows(
+    group: Callable[[Place], Iterator[Case]], place: Place, alone: Alone = contextlib.nullcontext
+) -> dict[str, Any]:
+    """The measured lines of a group.
+
+    Args:
+        group: gives the cases.
+        place: where.
+        alone: a context around the timings, such as a lock where other processes compile meanwhile.
+    """
     torch.manual_seed(0)
-    copy = copy_bandwidth(place)
     made: dict[str, Any] = {}
     with _kept_graphs():
+        with alone():
+            bandwidth = copy_bandwidth(place)
         for case in group(place):
-            made[case.name] = row(case, place, copy)
-            torch._dynamo.reset()
-    return {"copy bytes/s": copy, "rows": made}
+            warm(case)
+            with alone():
+                made[case.name] = row(case, place, bandwidth)
+            torch._dynamo.reset()  # and with it the compiled graphs' memory
+    return {"copy bytes/s": bandwidth, "rows": made}
 
 
 @contextlib.contextmanager
 def _kept_graphs() -> Iterator[None]:
-    """Backward passes are timed on graphs that are kept, whose buffers a compiled one would else reuse."""
-    import torch._functorch.config as config
+    """Backward passes are timed on graphs that are kept, whose buffers a compiled one would else reuse; and a
+    function is compiled for each shape."""
+    import torch._dynamo.config as dynamo
+    import torch._functorch.config as functorch
 
-    with config.patch(donated_buffer=False):
+    limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
+    total = f"accumulated_{limit}"
+    with functorch.patch(donated_buffer=False), dynamo.patch({limit: 64, total: 1024}):
         yield
 
 
@@ -588,7 +648,8 @@ def _time(value: float | str) -> str:
 
 def markdown(known: dict[str, Any]) -> str:
     """The results for people."""
-    lines = ["# Kernels on a GPU", "", "Made by `pytest benchmarks -m gpu`. Times are medians.", ""]
+    made = "Made by `pytest benchmarks -m gpu`. Medians, of kernels within CUDA graphs; host: until a call returns."
+    lines = ["# Kernels on a GPU", "", made, ""]
     for name, found in known.items():
         origin = found["provenance"]
         versions = ", ".join(f"{package} {version}" for package, version in origin["packages"].items())
@@ -612,13 +673,14 @@ def markdown(known: dict[str, Any]) -> str:
 def _kernel_table(rows: dict[str, Any]) -> list[str]:
     peers = list(dict.fromkeys(name for made in rows.values() for name in made["peers"]))
     lines = [
-        f"| case | ours | of copy | TFLOP/s | {' | '.join(peers)} | goal |",
-        "|---|" + "---:|" * (4 + len(peers)),
+        f"| case | ours | of copy | TFLOP/s | host | {' | '.join(peers)} | goal |",
+        "|---|" + "---:|" * (5 + len(peers)),
     ]
     for case, made in rows.items():
         cells = [case, _time(made["seconds"])]
         cells.append(f"{made['copy']:.0%}" if "copy" in made else "")
         cells.append(f"{made['tflops']:.0f}" if "tflops" in made else "")
+        cells.append(_time(made["host"]))
         cells += [_time(made["peers"].get(name, "")) for name in peers]
         met = {True: "met", False: "missed"}.get(made.get("met"), made.get("met"))
         cells.append(f"{made['goal'][0]} {made['goal'][1]:g}: {met}" if "goal" in made else "")

@@ -83,7 +83,7 @@ def student_rows(out: Path, metric: str, own: Evaluation) -> list[str]:
             cells.append(_mean([r[metric] for r in rows], [r["standard error"] for r in rows]))
         followed = [own.distance(s, 1) for s in students]
         cells.append(_mean([e.value for e in followed], [e.se for e in followed]))
-        minutes = statistics.fmean(float((f / "minutes.txt").read_text()) for f in folders)
+        minutes = statistics.median(float((f / "minutes.txt").read_text()) for f in folders)
         lines.append(
             f"| `{order[place]}` | {updates} | {size} | {len(folders)} | {' | '.join(cells)} | {minutes:.1f} | {made} |"
         )

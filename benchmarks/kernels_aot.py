@@ -204,7 +204,7 @@ def attention_launch(
         which, dim, keys, element_size=q.element_size(), capability=divmod(target, 10), bias=kind
     )
     common = (q, k, k, bias)
-    last = (attention._precision(q), tiles)
+    last = (attention._precision(which, q), tiles)
     if which == "forward":
         return attention_kernels.forward_launch(*common, causal, 0.125, q, rows, *last)
     if which == "tangent":
@@ -228,6 +228,9 @@ def _attention() -> Iterator[Configuration]:
 
 # A block of Stable Diffusion 1.5, its deepest, and one of an autoencoder.
 _SHAPES = {"small": (2, 320, 64, 64), "deep": (2, 1280, 8, 8), "large": (4, 128, 512, 512)}
+# Of a thread of the kernels that wait for memory: three blocks of four warps a multiprocessor. On an H200 they are
+# faster than more blocks of fewer.
+_STREAMED = 168
 # Kernels that read or write whole tensors; the others merge a few numbers.
 _STREAMING = {"fused", "statistics", "apply", "backward_sums", "backward_apply"}
 
@@ -263,13 +266,14 @@ def _group_norm() -> Iterator[Configuration]:
                     strip = kernel == "fused" and channels_last  # narrower than 16 bytes (see tiles)
                     stores = kernel in {"fused", "apply", "backward_apply"} and not strip
                     where = "channels last" if channels_last else "channels first"
+                    moments = 2 if kernel == "fused" or launch.args.get("MERGED") else 0
                     yield Configuration(
                         f"group_norm {which}, {size}, {where}, {str(dtype).removeprefix('torch.')}",
                         lambda target, launch=launch: launch,
                         loads=kernel in _STREAMING and not strip,
-                        registers=128,
+                        registers=_STREAMED,
                         shared=8192,
-                        narrow_stores=2 * (kernel == "fused") if stores else None,  # fused: the moments
+                        narrow_stores=moments if stores else None,
                     )
 
 
@@ -288,8 +292,8 @@ def _update() -> Configuration:
 def _dit_launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     """A block of DiT-XL/2 at 256 tokens; attention with heads of 128."""
     x, vector, modulation = (_meta(*shape, dtype=dtype) for shape in ((4, 256, 1152), (1152,), (4, 1152)))
-    rows = dit.row_tiles(*x.shape)
-    summed = dit.row_tiles(*x.shape, dit._SUMMED)
+    rows = dit.row_tiles(*x.shape, dit._NORM)
+    summed = dit.row_tiles(*x.shape, per_thread=dit._SUMMED)
     partial = _meta(4, -(-256 // summed.chunk), 3, 1152, dtype=torch.float32)
     yield (
         "norm",
@@ -304,10 +308,10 @@ def _dit_launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
         ),
     )
     heads, angles = _meta(4, 24, 4096, 128, dtype=dtype), _meta(4, 4096, 128, dtype=torch.float32)
-    tiles = dit.row_tiles(4 * 24, 4096, 128)
+    tiles, summed = dit.rope_tiles(4, 24, 4096, 128), dit.row_tiles(4 * 24, 4096, 128, per_thread=16)
     for interleaved in (True, False):
         options = (_meta(128, dtype=dtype), 1e-6, True, interleaved)
-        chunks = _meta(4, 24, -(-4096 // tiles.chunk), 128, dtype=torch.float32)
+        chunks = _meta(4, 24, -(-4096 // summed.chunk), 128, dtype=torch.float32)
         pairs = "interleaved" if interleaved else "halves"
         yield (
             f"norm_rope, {pairs}",
@@ -315,7 +319,7 @@ def _dit_launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
         )
         yield (
             f"norm_rope backward, {pairs}",
-            dit_kernels.rope_backward_launch(heads, heads, angles, angles, *options, heads, chunks, tiles),
+            dit_kernels.rope_backward_launch(heads, heads, angles, angles, *options, heads, chunks, summed),
         )
     wide, narrow, columns = (
         _meta(1024, 10240, dtype=dtype),
@@ -334,7 +338,7 @@ def _dit() -> Iterator[Configuration]:
     for dtype in (torch.bfloat16, torch.float32):
         for name, launch in _dit_launches(dtype):
             kind = str(dtype).removeprefix("torch.")
-            yield Configuration(f"{name}, {kind}", lambda target, launch=launch: launch, registers=128)
+            yield Configuration(f"{name}, {kind}", lambda target, launch=launch: launch, registers=_STREAMED)
 
 
 def configurations() -> dict[str, Configuration]:

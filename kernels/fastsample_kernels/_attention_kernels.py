@@ -74,11 +74,24 @@ def _store(
 
 
 @triton.jit
+def _to_nearest(x):
+    """float32 rounded to TF32; tensor cores cut the digits off instead, twice the error and all of one sign."""
+    return tl.inline_asm_elementwise(
+        "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:  # the interpreter would multiply the bit patterns of bfloat16
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    elif PRECISION == "rounded":
+        a = _to_nearest(a)
+        b = _to_nearest(b)
+    return tl.dot(
+        a, b, acc, input_precision="tf32" if PRECISION == "rounded" else PRECISION, out_dtype=acc.dtype
+    )
 
 
 @triton.jit
@@ -149,6 +162,13 @@ def _softmax_step(m, z, MAY_BE_EMPTY: tl.constexpr, KIND: tl.constexpr):
     else:
         p, alpha = tl.exp2(z - m_ref[:, None]), tl.exp2(m - m_ref)
     return m_new, p, alpha
+
+
+@triton.jit
+def _plain_softmax_step(m, s, c):
+    """_softmax_step of z = c s without masks, the product inside of the exponent: one multiply-add an element."""
+    m_new = tl.maximum(m, tl.max(s, 1) * c)
+    return m_new, tl.exp2(s * c - m_new[:, None]), tl.exp2(m - m_new)
 
 
 @triton.jit
@@ -242,11 +262,14 @@ def _forward_loop(
         if D2 > 0:
             k2 = _load(K, stride_k, Lk - start, BLOCK_N, D1, D2, D, VEC, not EDGE)
         s = _dot_rows(q1, q2, k1, k2, tl.zeros([BLOCK_M, BLOCK_N], l.dtype), D2, PRECISION, UPCAST)
-        z = _logits(
-            s, scale, BIAS, i0, start, Lq, Lk, stride_bi, stride_bj,
-            BLOCK_M, BLOCK_N, False, KIND, BIAS_PER_QUERY, EDGE, EDGE and CAUSAL,
-        )  # fmt: skip
-        m, p, alpha = _softmax_step(m, z, EDGE or KIND != "none", KIND)
+        if EDGE or KIND != "none":
+            z = _logits(
+                s, scale, BIAS, i0, start, Lq, Lk, stride_bi, stride_bj,
+                BLOCK_M, BLOCK_N, False, KIND, BIAS_PER_QUERY, EDGE, EDGE and CAUSAL,
+            )  # fmt: skip
+            m, p, alpha = _softmax_step(m, z, True, KIND)
+        else:
+            m, p, alpha = _plain_softmax_step(m, s, scale * _LOG2E)
         l = l * alpha + tl.sum(p, 1)
         v1 = _load(V, stride_v, Lk - start, BLOCK_N, 0, D1, D, VEC, not EDGE)
         p = p.to(v1.dtype)

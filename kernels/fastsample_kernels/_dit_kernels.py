@@ -45,9 +45,9 @@ def norm_forward(
     bias_b,
     scale_b,
     shift_b,
-    N,
     L,
     D,
+    tiles,
     eps,
     HAS_BRANCH: tl.constexpr,
     HAS_GATE: tl.constexpr,
@@ -60,29 +60,30 @@ def norm_forward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    pid = tl.program_id(0)
+    b = (pid // tiles).to(tl.int64)
+    l = (pid % tiles * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     d = tl.arange(0, BLOCK)[None, :]
-    b = (n // L).to(tl.int64)
-    l = (n % L).to(tl.int64)
-    n = n.to(tl.int64)
-    valid = (n < N) & (d < D)
+    column = d < D  # vectors of the sample are loaded once for all rows
+    valid = (l < L) & column
+    n = b * L + l
     x = tl.load(X + b * x_b + l * x_l + d, mask=valid, other=0.0).to(ACC)
     if HAS_BRANCH:
         branch = tl.load(BRANCH + b * branch_b + l * branch_l + d, mask=valid, other=0.0).to(ACC)
         if HAS_GATE:
-            branch *= tl.load(GATE + b * gate_b + d, mask=valid, other=0.0).to(ACC)
+            branch *= tl.load(GATE + b * gate_b + d, mask=column, other=0.0).to(ACC)
         h = (x + branch).to(H.dtype.element_ty)
         tl.store(H + n * D + d, h, mask=valid)
         x = h.to(ACC)  # what the backward pass will read
     y, _ = _moments(x, valid, D, eps, RMS)
     if HAS_WEIGHT:
-        y *= tl.load(WEIGHT + b * weight_b + d, mask=valid, other=0.0).to(ACC)
+        y *= tl.load(WEIGHT + b * weight_b + d, mask=column, other=0.0).to(ACC)
     if HAS_BIAS:
-        y += tl.load(BIAS + b * bias_b + d, mask=valid, other=0.0).to(ACC)
+        y += tl.load(BIAS + b * bias_b + d, mask=column, other=0.0).to(ACC)
     if HAS_SCALE:
-        y *= 1.0 + tl.load(SCALE + b * scale_b + d, mask=valid, other=0.0).to(ACC)
+        y *= 1.0 + tl.load(SCALE + b * scale_b + d, mask=column, other=0.0).to(ACC)
     if HAS_SHIFT:
-        y += tl.load(SHIFT + b * shift_b + d, mask=valid, other=0.0).to(ACC)
+        y += tl.load(SHIFT + b * shift_b + d, mask=column, other=0.0).to(ACC)
     tl.store(Y + n * D + d, y.to(Y.dtype.element_ty), mask=valid)
 
 
@@ -229,6 +230,7 @@ def rope_forward(
     L,
     D,
     tiles,
+    span,
     eps,
     NORM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -237,27 +239,33 @@ def rope_forward(
     ROWS: tl.constexpr,
     HALF: tl.constexpr,
 ):
+    """Rows of ``span`` heads, for which the angles are loaded once."""
     pid = tl.program_id(0)
-    bh = pid // tiles
-    b = (bh // heads).to(tl.int64)
-    h = (bh % heads).to(tl.int64)
-    l = (pid % tiles * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
-    u0, u1 = _load_pairs(X, b * x_b + h * x_h + l * x_l, l, L, D, INTERLEAVED, HALF)
-    u0 = u0.to(ACC)
-    u1 = u1.to(ACC)
-    if NORM:
-        rstd = (1.0 / tl.sqrt((tl.sum(u0 * u0, 1) + tl.sum(u1 * u1, 1)) / D + eps))[:, None]
-        u0 *= rstd
-        u1 *= rstd
-    if HAS_WEIGHT:
-        w0, w1 = _load_pairs(WEIGHT, b * weight_b + l * 0, l, L, D, INTERLEAVED, HALF)
-        u0 *= w0.to(ACC)
-        u1 *= w1.to(ACC)
+    spans = tl.cdiv(heads, span)
+    first = pid % spans * span
+    last = tl.minimum(first + span, heads)
+    b = (pid // spans // tiles).to(tl.int64)
+    l = (pid // spans % tiles * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     c0, c1 = _load_pairs(COS, b * cos_b + l * cos_l, l, L, D, INTERLEAVED, HALF)
     s0, s1 = _load_pairs(SIN, b * sin_b + l * sin_l, l, L, D, INTERLEAVED, HALF)
-    y0 = u0 * c0.to(ACC) - u1 * s0.to(ACC)
-    y1 = u1 * c1.to(ACC) + u0 * s1.to(ACC)
-    _store_pairs(Y, b * y_b + h * y_h + l * y_l, l, L, D, y0, y1, INTERLEAVED, HALF)
+    if HAS_WEIGHT:
+        one = tl.arange(0, 1)[:, None]
+        w0, w1 = _load_pairs(WEIGHT, b * weight_b + one, one, 1, D, INTERLEAVED, HALF)
+    for head in range(first, last):
+        h = tl.cast(head, tl.int64)
+        u0, u1 = _load_pairs(X, b * x_b + h * x_h + l * x_l, l, L, D, INTERLEAVED, HALF)
+        u0 = u0.to(ACC)
+        u1 = u1.to(ACC)
+        if NORM:
+            rstd = (1.0 / tl.sqrt((tl.sum(u0 * u0, 1) + tl.sum(u1 * u1, 1)) / D + eps))[:, None]
+            u0 *= rstd
+            u1 *= rstd
+        if HAS_WEIGHT:
+            u0 *= w0.to(ACC)
+            u1 *= w1.to(ACC)
+        y0 = u0 * c0.to(ACC) - u1 * s0.to(ACC)
+        y1 = u1 * c1.to(ACC) + u0 * s1.to(ACC)
+        _store_pairs(Y, b * y_b + h * y_h + l * y_l, l, L, D, y0, y1, INTERLEAVED, HALF)
 
 
 @triton.jit
@@ -434,10 +442,11 @@ def norm_forward_launch(
     batch, length, dim = x.shape
     args = _rows("bl", x=x, branch=branch)
     args |= _per_sample(gate=gate, weight=weight, bias=bias, scale=scale, shift=shift)
-    args |= {"H": h, "Y": y, "N": batch * length, "L": length, "D": dim, "eps": eps}
+    count = triton.cdiv(length, tiles.rows)
+    args |= {"H": h, "Y": y, "L": length, "D": dim, "tiles": count, "eps": eps}
     args |= {"HAS_BRANCH": branch is not None, "RMS": rms, "ACC": _acc(x)}
     args |= {"ROWS": tiles.rows, "BLOCK": tiles.block}
-    return Launch(norm_forward, (triton.cdiv(batch * length, tiles.rows),), args, tiles.warps, 1)
+    return Launch(norm_forward, (batch * count,), args, tiles.warps, 1)
 
 
 def norm_backward_launch(
@@ -482,10 +491,10 @@ def rope_forward_launch(
     batch, heads, length, dim = x.shape
     count = triton.cdiv(length, tiles.rows)
     args = _rows("bhl", x=x, y=y) | _rows("bl", cos=cos, sin=sin) | _per_sample(weight=weight)
-    args |= {"heads": heads, "L": length, "D": dim, "tiles": count, "eps": eps}
+    args |= {"heads": heads, "L": length, "D": dim, "tiles": count, "span": tiles.span, "eps": eps}
     args |= {"NORM": norm, "INTERLEAVED": interleaved, "ACC": _acc(x)}
     args |= {"ROWS": tiles.rows, "HALF": tiles.block // 2}
-    return Launch(rope_forward, (batch * heads * count,), args, tiles.warps, 1)
+    return Launch(rope_forward, (batch * count * triton.cdiv(heads, tiles.span),), args, tiles.warps, 1)
 
 
 def rope_backward_launch(

@@ -4,7 +4,7 @@ A tensor is (N, C, S) with either the channel or the spatial stride equal to one
 launches: ``statistics`` reduces each channel over a chunk of the spatial axis, ``combine`` merges the chunks
 and channels of a group, ``apply`` normalises. Keeping the partial results per channel lets a tile straddle
 groups, so that any group width loads whole cache lines in either layout. Small groups take one launch,
-``fused``.
+``fused``; where a group has few partial results, ``apply`` merges them itself.
 
 Means and centred sums are merged by the parallel formula of Chan, Golub & LeVeque (1983, eq. 2.1): nothing is
 ever computed as E[h^2] - E[h]^2. Every output has one writer, so results are deterministic.
@@ -64,28 +64,12 @@ def _silu_derivative(z):
 
 
 @triton.jit
-def statistics(
-    x, x_n, x_c, x_s, residual, residual_n, residual_c, residual_s, dx, dx_n, dx_c, dx_s,
-    partial, C, S, chunk, chunks,
+def _row_statistics(
+    x, x_c, x_s, residual, residual_c, residual_s, dx, dx_c, dx_s, c, C, start, end,
     HAS_RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, TANGENT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel over each chunk: mean and centred sum of squares of h = x + residual; with TANGENT also
-    the mean of dx and the centred sum of products of dx and h.
-
-    partial: (N, chunks, 2 or with TANGENT 4, C).
-    """
-    pid = tl.program_id(0)
-    blocks = tl.cdiv(C, BLOCK_C)
-    k = pid % chunks
-    n = (pid // (chunks * blocks)).to(tl.int64)
-    c = pid // chunks % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    start = k * chunk
-    end = tl.minimum(start + chunk, S)
-    x += n * x_n
-    residual += n * residual_n
-    dx += n * dx_n
-
+    """Statistics of each channel over a chunk, tile by tile."""
     mean = tl.zeros([BLOCK_C], ACC)
     m2 = tl.zeros([BLOCK_C], ACC)
     dmean = tl.zeros([BLOCK_C], ACC)
@@ -111,7 +95,84 @@ def statistics(
             ddelta = dm - dmean
             dmean += ddelta * share
             cov += tl.sum(d * (dh - dm[:, None]), axis=1) + delta * ddelta * seen * share
+    return mean, m2, dmean, cov
 
+
+@triton.jit
+def _position_statistics(
+    x, x_c, x_s, residual, residual_c, residual_s, dx, dx_c, dx_s, c, C, start, end,
+    HAS_RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, TANGENT: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The same, where the threads that share a channel would have to meet for every tile: each position of the tile
+    sums on its own (Welford 1962), and they meet once.
+    """
+    offset = tl.arange(0, BLOCK_S)
+    mean = tl.zeros([BLOCK_C, BLOCK_S], ACC)
+    m2 = tl.zeros([BLOCK_C, BLOCK_S], ACC)
+    dmean = tl.zeros([BLOCK_C, BLOCK_S], ACC)
+    cov = tl.zeros([BLOCK_C, BLOCK_S], ACC)
+    seen = tl.zeros([], ACC)
+    for s0 in range(start, end, BLOCK_S):
+        s = s0 + offset
+        mask = (c < C)[:, None] & (s < end)[None, :]
+        h = _load(
+            x, _offsets(c, s, x_c, x_s, CHANNELS_LAST),
+            residual, _offsets(c, s, residual_c, residual_s, CHANNELS_LAST), mask, HAS_RESIDUAL, ACC,
+        )  # fmt: skip
+        seen += 1
+        d = tl.where(mask, h - mean, 0.0)
+        mean += d * (1 / seen)
+        m2 += d * (h - mean)
+        if TANGENT:
+            dh = tl.load(dx + _offsets(c, s, dx_c, dx_s, CHANNELS_LAST), mask=mask, other=0.0).to(ACC)
+            dmean += tl.where(mask, dh - dmean, 0.0) * (1 / seen)
+            cov += d * (dh - dmean)
+
+    length = end - start
+    counts = tl.maximum(tl.cdiv(length - offset, BLOCK_S), 0).to(ACC)[None, :]
+    # Relative to one of them, so that a large common part does not round.
+    origin = tl.sum(tl.where((offset == 0)[None, :], mean, 0.0), axis=1)
+    total = origin + tl.sum(counts * (mean - origin[:, None]), axis=1) / length
+    d = mean - total[:, None]
+    m2 = tl.sum(m2 + counts * d * d, axis=1)
+    dtotal = tl.sum(counts * dmean, axis=1) / length
+    cov = tl.sum(cov + counts * d * (dmean - dtotal[:, None]), axis=1)
+    return total, m2, dtotal, cov
+
+
+@triton.jit
+def statistics(
+    x, x_n, x_c, x_s, residual, residual_n, residual_c, residual_s, dx, dx_n, dx_c, dx_s,
+    partial, C, S, chunk, chunks,
+    HAS_RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, TANGENT: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Of each channel over each chunk: mean and centred sum of squares of h = x + residual; with TANGENT also
+    the mean of dx and the centred sum of products of dx and h.
+
+    partial: (N, chunks, 2 or with TANGENT 4, C).
+    """
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(C, BLOCK_C)
+    k = pid % chunks
+    n = (pid // (chunks * blocks)).to(tl.int64)
+    c = pid // chunks % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    start = k * chunk
+    end = tl.minimum(start + chunk, S)
+    x += n * x_n
+    residual += n * residual_n
+    dx += n * dx_n
+    if CHANNELS_LAST:
+        mean, m2, dmean, cov = _position_statistics(
+            x, x_c, x_s, residual, residual_c, residual_s, dx, dx_c, dx_s, c, C, start, end,
+            HAS_RESIDUAL, CHANNELS_LAST, TANGENT, ACC, BLOCK_C, BLOCK_S,
+        )  # fmt: skip
+    else:
+        mean, m2, dmean, cov = _row_statistics(
+            x, x_c, x_s, residual, residual_c, residual_s, dx, dx_c, dx_s, c, C, start, end,
+            HAS_RESIDUAL, CHANNELS_LAST, TANGENT, ACC, BLOCK_C, BLOCK_S,
+        )  # fmt: skip
     at = partial + (n * chunks + k) * (4 if TANGENT else 2) * C + c
     tl.store(at, mean, mask=c < C)
     tl.store(at + C, m2, mask=c < C)
@@ -185,12 +246,15 @@ def combine(
 def apply(
     x, x_n, x_c, x_s, residual, residual_n, residual_c, residual_s, dx, dx_n, dx_c, dx_s,
     moments, moments_n, weight, weight_n, bias, bias_n, scale, scale_n, shift, shift_n, dgain, doffset,
-    y, y_n, y_c, y_s, dy, C, S, G, width, tiles,
+    y, y_n, y_c, y_s, dy, partial, C, S, G, width, tiles, chunk, chunks, eps,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, TANGENT: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     """y = act(xhat gain + offset); with TANGENT also dy, with dgain and doffset of shape (N, C).
+
+    With MERGED, a power of two of at least width * chunks, each program merges its group's ``partial`` itself (tiles
+    have one channel then), and the group's first one writes the moments; without (0) ``combine`` has written them.
 
     Tiles run from the end of the tensor to its start, so that the first ones find in cache what
     ``statistics`` read last. ``dy`` has the strides of ``y``.
@@ -212,8 +276,28 @@ def apply(
         HAS_WEIGHT, HAS_BIAS, HAS_SCALE, HAS_SHIFT, ACC,
     )  # fmt: skip
     at = moments + n * moments_n + c // width
-    mean = tl.load(at, mask=inside, other=0.0)
-    rstd = tl.load(at + G, mask=inside, other=0.0)
+    if MERGED > 0:
+        channel = pid // tiles % blocks
+        first = channel // width * width
+        part = tl.arange(0, MERGED)
+        valid = part < width * chunks
+        piece = part // width
+        source = partial + n * chunks * 2 * C + piece * 2 * C + first + part % width
+        length = tl.where(valid, tl.minimum(chunk, S - piece * chunk), 0).to(ACC)
+        origin = tl.load(partial + n * chunks * 2 * C + first)
+        means = tl.load(source, mask=valid, other=0.0)
+        squares = tl.load(source + C, mask=valid, other=0.0)
+        count = tl.full([], 1.0, ACC) * width * S
+        group_mean = origin + tl.sum(length * (means - origin)) / count
+        d = means - group_mean
+        mean = tl.zeros([BLOCK_C], ACC) + group_mean
+        rstd = 1 / tl.sqrt(tl.zeros([BLOCK_C], ACC) + tl.sum(squares + length * d * d) / count + eps)
+        if channel == first and pid % tiles == 0:
+            tl.store(at, mean)
+            tl.store(at + G, rstd)
+    else:
+        mean = tl.load(at, mask=inside, other=0.0)
+        rstd = tl.load(at + G, mask=inside, other=0.0)
     xhat = (h - mean[:, None]) * rstd[:, None]
     z = xhat * gain[:, None] + offset[:, None]
     y_offsets = n * y_n + _offsets(c, s, y_c, y_s, CHANNELS_LAST)
@@ -332,8 +416,8 @@ def backward_sums(
     mean = tl.load(at, mask=inside, other=0.0)
     rstd = tl.load(at + G, mask=inside, other=0.0)
 
-    total_gain = tl.zeros([BLOCK_C], ACC)
-    total_offset = tl.zeros([BLOCK_C], ACC)
+    total_gain = tl.zeros([BLOCK_C, BLOCK_S], ACC)
+    total_offset = tl.zeros([BLOCK_C, BLOCK_S], ACC)
     for s0 in range(start, end, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
         mask = inside[:, None] & (s < end)[None, :]
@@ -341,11 +425,11 @@ def backward_sums(
             n, c, s, mask, x + n * x_n, x_c, x_s, residual + n * residual_n, residual_c, residual_s,
             gy + n * gy_n, gy_c, gy_s, mean, rstd, gain, offset, HAS_RESIDUAL, SILU, CHANNELS_LAST, ACC,
         )  # fmt: skip
-        total_gain += tl.sum(gz * xhat, axis=1)
-        total_offset += tl.sum(gz, axis=1)
+        total_gain += gz * xhat
+        total_offset += gz
     out = partial + (n * chunks + k) * 2 * C + c
-    tl.store(out, total_gain, mask=inside)
-    tl.store(out + C, total_offset, mask=inside)
+    tl.store(out, tl.sum(total_gain, axis=1), mask=inside)
+    tl.store(out + C, tl.sum(total_offset, axis=1), mask=inside)
 
 
 @triton.jit

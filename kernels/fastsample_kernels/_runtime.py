@@ -6,8 +6,10 @@ the first launch: the Triton functions of a kernel live in ``_<name>_kernels.py`
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,12 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 _explainers: dict[str, Callable[..., Answer]] = {}
 
 
+@functools.cache
+def _asked(query: Callable[[int], tuple[int, int]], index: int) -> tuple[int, int]:
+    """PyTorch takes microseconds to say what a device is, for every tensor of every call."""
+    return query(index)
+
+
 def _why_not_device(device_type: str, index: int) -> str | None:
     """Why Triton cannot run on a device."""
     if not HAS_TRITON:
@@ -35,7 +43,7 @@ def _why_not_device(device_type: str, index: int) -> str | None:
         return None if INTERPRET else "CPU tensors run in plain torch (see TRITON_INTERPRET=1)"
     if device_type != "cuda" or torch.version.hip is not None:
         return f"no kernels for device {device_type!r}{' (ROCm)' if torch.version.hip else ''}"
-    capability = torch.cuda.get_device_capability(index)
+    capability = _asked(torch.cuda.get_device_capability, index)
     if capability < MIN_CAPABILITY:
         return f"compute capability {capability} is below {MIN_CAPABILITY}"
     return None
@@ -134,6 +142,16 @@ def tf32_allowed() -> bool:
 tf32_allowed.__dict__[_CONSTANT] = True
 
 
+def why_not_cudnn_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> str | None:
+    """Why cuDNN's attention cannot take a call, without a mask; None when it can."""
+    try:
+        params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, is_causal, False)
+        can = torch.backends.cuda.can_use_cudnn_attention(params)
+    except (AttributeError, TypeError):
+        return f"PyTorch {torch.__version__} does not say whether cuDNN can take it"
+    return None if can else "cuDNN's attention cannot take it, or is turned off in torch.backends.cuda"
+
+
 def hooked(module: torch.nn.Module) -> bool:
     """Whether calling the module runs hooks, its own or those of all modules."""
     every = torch.nn.modules.module
@@ -160,7 +178,85 @@ def empty(
 
 def on_device(tensor: Tensor) -> Any:
     """Context: Triton launches on the current device, which must be the tensor's."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
     return torch.cuda.device_of(tensor)
+
+
+# -- launches ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What the end of Triton's ``JITFunction.run`` needs, to launch a compiled kernel without the rest of it.
+
+    Attributes:
+        driver: Triton's configuration of drivers.
+        function, compiled: Triton's classes of a kernel, and of one that is compiled for given arguments.
+        constant: the types whose values a constexpr can be told apart by.
+        constexprs: whether a compiled kernel is called with its constexprs, too.
+        plain: whether nothing, such as a profiler or a debugging option, wants to watch or to change launches.
+    """
+
+    driver: Any
+    function: Any
+    compiled: Any
+    constant: frozenset[type]
+    constexprs: bool
+    plain: Callable[[], bool]
+
+
+_RUN = (
+    "kernel.run(grid_0,grid_1,grid_2,stream,kernel.function,kernel.packed_metadata,launch_metadata,"
+    "{0}.launch_enter_hook,{0}.launch_exit_hook,*{1})"
+)
+
+
+def _plain_by_environment() -> bool:
+    from triton.compiler import CompiledKernel
+
+    hooks = CompiledKernel.launch_enter_hook, CompiledKernel.launch_exit_hook
+    return hooks == (None, None) and os.environ.get("TRITON_DEBUG", "0") != "1"
+
+
+def _plain_by_knobs(knobs: Any) -> Callable[[], bool]:
+    def plain() -> bool:
+        runtime = knobs.runtime
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        return not (
+            getattr(enter, "calls", enter)  # a hook, or from Triton 3.5 on a chain of them
+            or getattr(leave, "calls", leave)
+            or runtime.debug
+            or getattr(runtime, "add_stages_inspection_hook", None)
+            or getattr(knobs.compilation, "instrumentation_mode", None)
+        )
+
+    return plain
+
+
+@functools.cache
+def launcher() -> Launcher | None:
+    """None where kernels are interpreted, and where this version of Triton launches them in an unknown way."""
+    if INTERPRET or not HAS_TRITON:
+        return None
+    try:
+        from triton import language
+        from triton.compiler import CompiledKernel
+        from triton.runtime import driver, jit
+
+        run = "".join(inspect.getsource(jit.JITFunction.run).split())
+        if _RUN.format("knobs.runtime", "bound_args.values()") in run:  # from 3.4 on
+            constexprs, plain = True, _plain_by_knobs(importlib.import_module("triton.knobs"))
+        elif _RUN.format("self.CompiledKernel", "bound_args.values()") in run:  # 3.3
+            constexprs, plain = True, _plain_by_environment
+        elif _RUN.format("self.CompiledKernel", "non_constexpr_vals") in run:  # 3.2
+            constexprs, plain = False, _plain_by_environment
+        else:
+            return None
+        constant = frozenset({bool, int, str, type(None), language.dtype})
+        return Launcher(driver, jit.JITFunction, CompiledKernel, constant, constexprs, plain)
+    except (ImportError, AttributeError, OSError):
+        return None
 
 
 # -- forward-mode derivatives --------------------------------------------------------------------------------
@@ -262,9 +358,24 @@ def differentiable(
     def call(*args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return function.apply(*args)
-        return operator(*args)
+        return operator._init_fn(*args) if _unwatched(args) else operator(*args)
 
     return call
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _unwatched(args: tuple[Any, ...]) -> bool:
+    """Whether nothing but the result of an operator matters: no gradient, compiler, mode or subclass. Half of the time
+    to launch a kernel goes through the dispatcher, which these need.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    grad = torch.is_grad_enabled()
+    return all(
+        type(a) in _PLAIN and not (grad and a.requires_grad) for a in args if isinstance(a, torch.Tensor)
+    )
 
 
 # -- autocast ------------------------------------------------------------------------------------------------

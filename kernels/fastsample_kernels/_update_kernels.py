@@ -62,12 +62,12 @@ def _term(x, a, at, mask, ACC: tl.constexpr):
     return value, value * a
 
 
-@triton.jit(do_not_specialize=["seed", "stream"])
+@triton.jit(do_not_specialize=["seed", "row"])
 def update(
     x0, x1, x2, x3, x4, x5, x6, x7,
     a0, a1, a2, a3, a4, a5, a6, a7,
     output, null, guidance, p, q, b,
-    index, seed: tl.int64, stream: tl.int64, c,
+    index, seed: tl.int64, row: tl.int64, c,
     y, m, size, tiles,
     TERMS: tl.constexpr, STATE: tl.constexpr, HAS_OUTPUT: tl.constexpr, HAS_NULL: tl.constexpr,
     HAS_NOISE: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr,
@@ -131,6 +131,6 @@ def update(
             tl.store(m + start + at, prediction, mask=mask)
     if HAS_NOISE:
         block = tile * BLOCKS + tl.arange(0, BLOCKS)
-        z = _normals(seed, block, stream, tl.load(index + sample), BLOCKS)
+        z = _normals(seed, block, row, tl.load(index + sample), BLOCKS)
         result += c * z.to(ACC)
     tl.store(y + start + at, result, mask=mask)

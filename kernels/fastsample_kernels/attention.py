@@ -25,6 +25,7 @@ from torch import Tensor
 from . import _runtime as runtime
 
 MAX_HEAD_DIM = 256
+_LOG2E = math.log2(math.e)
 
 
 # --- reference and fallback -----------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 _T = Tiles
 _Table = dict[Pass, tuple[tuple[int, Tiles], ...]]  # (largest padded head dim, tiles)
 
-# Chosen without a GPU: compiled ahead of time for sm_80, sm_90 and sm_100, the largest that spill no registers.
+# Those of sm_80 and sm_100 are chosen without a GPU: the largest that spill no registers.
 # Compute capability 8.x and 12.x: warp-wide tensor-core instructions, and the 99 KiB of shared memory all have.
 _TILES_MMA: _Table = {
     "forward": (
@@ -136,21 +137,39 @@ _TILES_MMA: _Table = {
         (256, _T(16, 64, 8, 2)),
     ),
 }
-# 9.x: tensor-core instructions of four warps, 227 KiB (10.x has as much).
+# 9.x: tensor-core instructions of four warps, 227 KiB. By time on an H200 (benchmarks/results/kernels-h200.md).
 _TILES_WGMMA: _Table = {
     "forward": (
+        (80, _T(128, 64, 8, 3)),
         (96, _T(128, 128, 8, 3)),
+        (128, _T(64, 64, 4, 3)),
+        (160, _T(128, 64, 8, 3)),
+        (256, _T(128, 32, 8, 3)),
+    ),
+    "tangent": (
+        (48, _T(64, 64, 4, 2)),
+        (160, _T(128, 32, 8, 3)),
+        (256, _T(32, 16, 8, 2)),
+    ),
+    "dq": (
+        (64, _T(128, 64, 8, 3)),
+        (96, _T(64, 64, 4, 3)),
         (128, _T(128, 64, 8, 3)),
-        (160, _T(128, 64, 8, 2)),
+        (160, _T(128, 32, 8, 3)),
         (256, _T(128, 32, 8, 2)),
     ),
-    "tangent": ((96, _T(128, 64, 8, 2)), (160, _T(128, 32, 8, 2)), (256, _T(32, 16, 8, 2))),
-    "dq": ((64, _T(64, 128, 8, 2)), (160, _T(64, 64, 8, 2)), (256, _T(64, 16, 8, 2))),
-    "dkdv": ((80, _T(64, 128, 8, 2)), (128, _T(64, 64, 8, 2)), (256, _T(32, 64, 8, 2))),
+    "dkdv": (
+        (48, _T(32, 64, 4, 2)),
+        (64, _T(64, 64, 4, 4)),
+        (80, _T(64, 64, 4, 3)),
+        (96, _T(64, 64, 8, 2)),
+        (128, _T(32, 64, 4, 3)),
+        (160, _T(32, 128, 8, 3)),
+        (256, _T(32, 64, 8, 3)),
+    ),
 }
 # 10.x: accumulators in tensor memory (512 columns), through which masks and biases must pass.
 _TILES_TCGEN05: _Table = {
-    **_TILES_WGMMA,
     "forward": (
         (64, _T(128, 128, 8, 3)),
         (128, _T(128, 64, 8, 3)),
@@ -163,6 +182,7 @@ _TILES_TCGEN05: _Table = {
         (256, _T(64, 16, 8, 2)),
     ),
     "dq": ((64, _T(64, 128, 8, 2)), (160, _T(64, 64, 8, 2)), (256, _T(64, 32, 4, 2))),
+    "dkdv": ((80, _T(64, 128, 8, 2)), (128, _T(64, 64, 8, 2)), (256, _T(32, 64, 8, 2))),
 }
 # Any of them, with a bias for each query (on 10.x with any bias): its tile takes registers too.
 _TILES_BIASED: _Table = {
@@ -182,13 +202,18 @@ _TILES_TF32: _Table = {
     "tangent": ((64, _T(32, 16, 4, 2)), (256, _T(16, 16, 8, 1))),
     "dq": ((64, _T(32, 32, 4, 2)), (128, _T(32, 16, 4, 2)), (256, _T(16, 16, 4, 1))),
     "dkdv": (
+        (48, _T(16, 32, 4, 1)),  # two parts take more registers than one of the next power of two
         (64, _T(32, 32, 8, 1)),
-        (96, _T(16, 32, 4, 1)),  # in two parts, which take more registers than one of 128
+        (80, _T(16, 32, 4, 1)),
+        (96, _T(16, 16, 4, 1)),
         (128, _T(32, 32, 8, 1)),
-        (256, _T(16, 16, 4, 1)),
+        (256, _T(16, 16, 8, 1)),
     ),
 }
 _ONE_TILE = _T(64, 128, 8, 1)
+_SHORT_WGMMA = _T(
+    64, 16, 4, 3
+)  # 77 keys are five of 16: faster than one of 128 at every head dim from 40 to 160
 
 
 def tiles(
@@ -220,12 +245,15 @@ def tiles(
     chosen = next(t for largest, t in table[which] if width <= largest)
     if which == "dkdv":
         return chosen
+    short = which == "forward" and element_size == 2 and plain and key_length <= 128
+    if short and table is _TILES_WGMMA and key_length > 16 and width <= 160:
+        return _SHORT_WGMMA
     if key_length <= chosen.block_n:
-        return replace(chosen, block_n=max(16, _power_of_two(key_length)), num_stages=1)
+        # With one stage, Triton 3.6 makes wrong code for sm_90 where the head dim is in two parts.
+        stages = chosen.num_stages if capability[0] == 9 else 1
+        return replace(chosen, block_n=max(16, _power_of_two(key_length)), num_stages=stages)
     room = 80 if table is _TILES_MMA else 128
-    if which == "forward" and element_size == 2 and plain and key_length <= 128 and width <= room:
-        return _ONE_TILE
-    return chosen
+    return _ONE_TILE if short and width <= room else chosen
 
 
 # --- operators ------------------------------------------------------------------------------------------------
@@ -251,9 +279,14 @@ def _tiles(which: Pass, q: Tensor, k: Tensor, bias: Tensor | None) -> Tiles:
     )
 
 
-def _precision(q: Tensor) -> str:
-    """Of the products; float64, and the interpreter, which rounds nothing, ignore it."""
-    return "tf32" if q.dtype == torch.float32 else "ieee"
+def _precision(which: Pass, q: Tensor) -> str:
+    """Of the products: float32 is rounded to TF32, or, where that would spill registers, cut off. The interpreter does
+    neither."""
+    if q.dtype != torch.float32 or runtime.INTERPRET:
+        return "ieee"
+    dim = q.shape[3]
+    cut = dim > 160 if which == "tangent" else which == "dkdv" and 64 < dim <= 80
+    return "tf32" if cut else "rounded"
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -285,12 +318,35 @@ def _forward(
     from ._attention_kernels import forward_launch
 
     q, k, v = _unit_columns(q, k, v)
+    if scale < 0:  # the kernel takes the scale out of the maximum
+        q, scale = -q, -scale
+    if _why_not_cudnn(q, k, v, bias, is_causal) is None:
+        return _cudnn_forward(q, k, v, is_causal, scale)
     o, lse = _empty_like(q), _empty_sums(q, bias)
     with runtime.on_device(q):
         forward_launch(
-            q, k, v, bias, is_causal, scale, o, lse, _precision(q), _tiles("forward", q, k, bias)
+            q, k, v, bias, is_causal, scale, o, lse, _precision("forward", q), _tiles("forward", q, k, bias)
         )()
     return o, lse
+
+
+def _why_not_cudnn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool) -> str | None:
+    """Why the forward pass is our kernel's and not cuDNN's; None where that is at hand and was measured to be faster
+    (benchmarks/results/kernels-h200.md)."""
+    if not q.is_cuda:
+        return "not on a GPU"
+    if bias is not None:
+        return "there is a bias"
+    if _capability(q.device)[0] != 9:
+        return "measured on compute capability 9.0 only"
+    return runtime.why_not_cudnn_attention(q, k, v, is_causal)
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out, lse, *_ = attend(q, k, v, None, True, 0.0, is_causal, scale=scale)
+    o = _empty_like(q)
+    return out if out.stride() == o.stride() else o.copy_(out), lse.reshape(q.shape[:3]) * _LOG2E
 
 
 @torch.library.custom_op("fastsample_kernels::attention_tangent", mutates_args=())
@@ -325,7 +381,7 @@ def _tangent(
             o,
             lse.contiguous(),
             to,
-            _precision(q),
+            _precision("tangent", q),
             _tiles("tangent", q, k, bias),
         )()
     return (to,)
@@ -359,10 +415,21 @@ def _backward(
             dlogits = runtime.empty((batch, heads, queries, keys), lse.dtype, q.device)
             if is_causal:
                 dlogits.zero_()
-    precision = _precision(q)
     with runtime.on_device(q):
         dq_launch(
-            q, k, v, bias, is_causal, scale, o, lse, do, delta, dq, precision, _tiles("dq", q, k, bias)
+            q,
+            k,
+            v,
+            bias,
+            is_causal,
+            scale,
+            o,
+            lse,
+            do,
+            delta,
+            dq,
+            _precision("dq", q),
+            _tiles("dq", q, k, bias),
         )()
         dkdv_launch(
             q,
@@ -377,7 +444,7 @@ def _backward(
             dk,
             dv,
             dlogits,
-            precision,
+            _precision("dkdv", q),
             _tiles("dkdv", q, k, bias),
         )()
     if dlogits is None or bias is None:
@@ -553,4 +620,6 @@ def _explain(
     first, second = split_head_dim(q.shape[3])
     passes: tuple[Pass, ...] = ("forward", "tangent", "dq", "dkdv")
     chosen = ", ".join(f"{which} {_tiles(which, q, k, bias)}" for which in passes)
+    if _why_not_cudnn(q, k, v, bias, is_causal) is None:
+        chosen += "; the forward pass is cuDNN's, which is faster there"
     return runtime.Answer("attention", None, f"head dim {q.shape[3]} as {first} + {second}, {chosen}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -115,37 +115,54 @@ class Tiles:
         rows, block: rows and columns of a tile; block is a power of two.
         warps: of a program.
         chunk: rows of a sample that one program of a backward pass sums over.
+        span: heads that a program rotates by the same angles.
     """
 
     rows: int
     block: int
     warps: int
     chunk: int = 1
+    span: int = 1
 
 
+# Chosen by time on an H200 (benchmarks/results/kernels-h200.md), with 1152 columns and heads of 128.
 _PROGRAMS = 1024  # of a backward pass, where there are rows enough
-_SUMMED = 8  # elements of a thread that keeps three sums of each
-_BLOCK = 1024  # elements of a tile of the gated linear units
+_FEWEST = 256  # programs, where there are rows enough
+_NORM = 8192  # elements of a tile of the norms
+_ROPE = 2048  # and of the rotation
+_HEADS = 16  # of a program of the rotation
+_SUMMED = 16  # elements of a thread that keeps three sums of each
+_BLOCK = 512  # elements of a tile of the gated linear units
 
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def row_tiles(samples: int, length: int, dim: int, per_thread: int = 16) -> Tiles:
+def row_tiles(samples: int, length: int, dim: int, elements: int = 2048, per_thread: int = 32) -> Tiles:
     """Tiles of kernels that hold whole rows of ``dim``; a pure function, so nothing is tuned at run time.
 
     Args:
         samples: whose rows are summed apart (of batch, or of batch times heads).
         length: rows of a sample.
         dim: of a row.
+        elements: of a tile, where a row has fewer.
         per_thread: elements of a thread.
     """
     block = max(16, _power_of_two(dim))
-    rows = max(1, min(2048 // block, _power_of_two(length)))
+    enough = samples * length // _FEWEST
+    rows = max(1, min(elements // block, _power_of_two(length), _power_of_two(enough + 1) // 2))
     chunk = max(4 * rows, -(-samples * length // _PROGRAMS))
     chunk = min(-(-chunk // rows) * rows, -(-length // rows) * rows)
     return Tiles(rows, block, max(1, min(16, rows * block // (32 * per_thread))), chunk)
+
+
+def rope_tiles(batch: int, heads: int, length: int, dim: int) -> Tiles:
+    """Tiles of the rotation: as many heads share the angles that a program loads as leave programs enough."""
+    tiles = row_tiles(batch * heads, length, dim, _ROPE)
+    programs = batch * heads * -(-length // tiles.rows)
+    span = max(1, min(_HEADS, heads, programs // _PROGRAMS))
+    return replace(tiles, span=span)
 
 
 def glu_tiles(features: int) -> Tiles:
@@ -182,7 +199,18 @@ def _norm(
     h = None if branch is None else runtime.empty(x.shape, x.dtype, x.device)
     with runtime.on_device(x):
         norm_forward_launch(
-            x, branch, gate, weight, bias, scale, shift, eps, rms, h, y, row_tiles(*x.shape)
+            x,
+            branch,
+            gate,
+            weight,
+            bias,
+            scale,
+            shift,
+            eps,
+            rms,
+            h,
+            y,
+            row_tiles(x.shape[0], x.shape[1], x.shape[2], _NORM),
         )()
     return _none(x) if h is None else h, y
 
@@ -205,7 +233,7 @@ def _norm_backward(
     from ._dit_kernels import norm_backward_launch
 
     batch, length, dim = h.shape
-    tiles = row_tiles(batch, length, dim, _SUMMED)
+    tiles = row_tiles(batch, length, dim, per_thread=_SUMMED)
     dx = runtime.empty(h.shape, h.dtype, h.device)
     dbranch = None if branch is None else runtime.empty(h.shape, branch.dtype, h.device)
     chunks = -(-length // tiles.chunk)
@@ -305,7 +333,7 @@ def _rope(
     from ._dit_kernels import rope_forward_launch
 
     y = _rope_like(x)
-    tiles = row_tiles(x.shape[0] * x.shape[1], x.shape[2], x.shape[3])
+    tiles = rope_tiles(*x.shape)
     with runtime.on_device(x):
         rope_forward_launch(x, cos, sin, weight, eps, norm, interleaved, y, tiles)()
     return (y,)
@@ -326,7 +354,7 @@ def _rope_backward(
     from ._dit_kernels import rope_backward_launch
 
     batch, heads, length, dim = x.shape
-    tiles = row_tiles(batch * heads, length, dim)
+    tiles = row_tiles(batch * heads, length, dim, per_thread=16)
     dx = _rope_like(x)
     chunks = -(-length // tiles.chunk)
     shape = (batch, heads, chunks, dim) if weight is not None else (batch, heads, chunks, 0)
@@ -763,7 +791,7 @@ def _explain_norm(function: Callable[..., Any], norm: str, args: Any, kwargs: An
     x, branch, norm = given["x"], given.get("branch"), given.get("norm", norm)
     others = {name: given.get(name) for name in ("gate", "weight", "bias", "scale", "shift")}
     _check_gated(x, branch, norm=norm, **others)
-    rows = row_tiles(x.shape[0], max(1, math.prod(x.shape[1:-1])), x.shape[-1])
+    rows = row_tiles(x.shape[0], max(1, math.prod(x.shape[1:-1])), x.shape[-1], _NORM)
     return _said(function.__name__, supported(x, branch, *others.values()), rows)
 
 
@@ -787,7 +815,7 @@ def _explain_norm_rope(
     x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> runtime.Answer:
     _check_rope(x, cos, sin, weight)
-    rows = row_tiles(x.shape[0] * x.shape[1], x.shape[2], x.shape[3])
+    rows = rope_tiles(*x.shape)
     return _said("norm_rope", _why_not_rope(x, cos, sin, weight), rows)
 
 

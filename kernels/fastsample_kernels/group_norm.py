@@ -11,6 +11,7 @@ Statistics are float32 whatever the tensors are. Layers: reference, tiles, launc
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,10 @@ def reference(
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     h = x if residual is None else x + residual
     weight, bias = (None if p is None else p.to(h.dtype) for p in (weight, bias))
+    if weight is not None and bias is None:  # PyTorch's backward pass on a GPU wants both or none
+        bias = torch.zeros_like(weight)
+    elif bias is not None and weight is None:
+        weight = torch.ones_like(bias)
     y = torch.group_norm(h, num_groups, weight, bias, eps)
     per_channel = (*x.shape[:2], *[1] * (x.ndim - 2))
     if scale is not None:
@@ -67,9 +72,10 @@ class Tiles:
         group_c, group_s: channels and positions of a tile of the fused kernel, within one group.
         block_c, block_s: those of a tile of the other kernels, which may straddle groups.
         chunk, chunks: length and number of the pieces that the spatial axis is reduced in.
+        merged: 0, or a power of two: the pieces of a group are so few that the kernel which reads them merges them.
         combine_k, combine_c: pieces and channels of a tile of the kernels that merge those.
-        group_warps, warps, combine_warps: of the fused kernel, of the others that read the tensor, and of those
-            that merge.
+        group_warps, warps, backward_warps, combine_warps: of the fused kernel, of the others that read the tensor, in
+            the forward and the backward pass, and of those that merge.
     """
 
     fused: bool
@@ -79,23 +85,29 @@ class Tiles:
     block_s: int
     chunk: int
     chunks: int
+    merged: int
     combine_k: int
     combine_c: int
     group_warps: int
     warps: int
+    backward_warps: int
     combine_warps: int
 
 
+# Chosen by time on an H200 (benchmarks/results/kernels-h200.md).
 _FUSED_TILE = 16384  # bytes, with eight warps
-_TILE = 2048  # elements: 16 a thread with four warps
-_FUSED_ELEMENTS = 1 << 16  # of a group: a few tiles of one program
+_TILE = 4096  # elements, 32 a thread with four warps
+_TILE_LAST = 2048  # of a channels-last tensor, with two warps
 _NARROW_BYTES = 1 << 20  # of a channels-last tensor for which one launch beats wide loads
+_MERGED = 128  # pieces of a group that every program merges for itself
+_MERGED_BYTES = 1 << 25  # of a tensor: beyond, the launch that this saves is nothing
 
 
 def _power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@functools.cache
 def tiles(
     batch: int,
     channels: int,
@@ -109,24 +121,24 @@ def tiles(
     """The tiles for a shape; a pure function, so nothing is tuned at run time."""
     width = channels // num_groups
     elements = width * spatial
-    small = elements <= _FUSED_ELEMENTS and (
-        batch * num_groups >= multiprocessors // 4 or elements * itemsize <= _FUSED_TILE
-    )
+    size = batch * channels * spatial * itemsize
     # A channels-last group is a narrow strip of cache lines that other programs read too.
-    fused = small and (not channels_last or batch * channels * spatial * itemsize <= _NARROW_BYTES)
+    fused = elements * itemsize <= _FUSED_TILE and (not channels_last or size <= _NARROW_BYTES)
     group_c = min(_power_of_2(width), 64)
     group_s = min(_power_of_2(spatial), _FUSED_TILE // itemsize // group_c)
     if channels_last:
         block_c = min(_power_of_2(channels), 64)
-        block_s = min(_power_of_2(spatial), _TILE // block_c)
+        block_s = min(_power_of_2(spatial), _TILE_LAST // block_c)
     else:
-        block_s = min(_power_of_2(spatial), 512)
+        block_s = min(_power_of_2(spatial), _TILE)
         block_c = min(_power_of_2(channels), _TILE // block_s)
     programs = batch * -(-channels // block_c)
-    wanted = -(-8 * multiprocessors // programs)
+    wanted = -(-16 * multiprocessors // programs)
     blocks = -(-spatial // block_s)
     chunk = -(-blocks // min(wanted, blocks)) * block_s
     chunks = -(-spatial // chunk)
+    pieces = width * chunks
+    merge = not channels_last and block_c == 1 and pieces <= _MERGED and size <= _MERGED_BYTES
     combine_c = min(_power_of_2(width), 64)
     combine_k = min(_power_of_2(chunks), 1024 // combine_c)
     return Tiles(
@@ -137,10 +149,12 @@ def tiles(
         block_s=block_s,
         chunk=chunk,
         chunks=chunks,
+        merged=_power_of_2(pieces) if merge else 0,
         combine_k=combine_k,
         combine_c=combine_c,
         group_warps=8,
-        warps=4,
+        warps=2 if channels_last else 4,
+        backward_warps=4 if channels_last or block_c == 1 else 16,
         combine_warps=4 if combine_k * combine_c > 256 else 2,
     )
 
@@ -158,6 +172,8 @@ class Layout:
 
 def layout(x: Tensor) -> Layout | None:
     """The tensor's layout; None where the spatial axes do not merge into one or no stride is one."""
+    if x.is_contiguous() and x.stride(1) > 1:
+        return Layout(False, (x.stride(0), x.stride(1), 1))
     spatial, stride = 1, 0  # of the merged axis
     for size, step in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
         if size == 1:
@@ -295,9 +311,11 @@ def forward_launches(
     tangents = call.tensor("dx", call.x if dx is None else dx)
     switch, groups = {"TANGENT": tangent}, call.grouping
     acc = {"ACC": call.flags["ACC"]}
+    merged = 0 if tangent else t.merged
+    warps = t.warps * (4 if tangent else 1)  # of twice the numbers
     launches = [
         call.launch(
-            kernels.statistics, call.blocks * t.chunks, t.warps,
+            kernels.statistics, call.blocks * t.chunks, warps,
             call.input, tangents, partial, call.size, call.chunking, switch, call.flags, call.block,
         ),
         call.launch(
@@ -305,12 +323,15 @@ def forward_launches(
             partial, moments, call.size, groups, call.chunking, {"eps": eps}, switch, acc, call.merging,
         ),
         call.launch(
-            kernels.apply, call.blocks * call.over_tiles, t.warps,
+            kernels.apply, call.blocks * call.over_tiles, warps,
             call.input, tangents, moments, call.affine, result,
             {"dgain": y if dgain is None else dgain, "doffset": y if doffset is None else doffset, "dy": dy},
-            call.size, groups, {"tiles": call.over_tiles}, call.act, switch, call.flags, call.block,
+            partial, call.size, groups, {"tiles": call.over_tiles, "eps": eps, "MERGED": merged}, call.chunking,
+            call.act, switch, call.flags, call.block,
         ),
     ]  # fmt: skip
+    if merged:
+        del launches[1]
     return launches, y, dy, memory
 
 
@@ -329,7 +350,7 @@ def backward_launches(call: _Call, gy: Tensor, moments: Tensor) -> tuple[list[La
     names = ("weight", "weight_n", "HAS_WEIGHT", "scale", "scale_n", "HAS_SCALE")
     launches = [
         call.launch(
-            kernels.backward_sums, call.blocks * t.chunks, t.warps,
+            kernels.backward_sums, call.blocks * t.chunks, t.backward_warps,
             call.input, gradient, saved, call.affine, partial, call.size, groups, call.chunking, call.act,
             call.flags, call.block,
         ),
@@ -339,7 +360,7 @@ def backward_launches(call: _Call, gy: Tensor, moments: Tensor) -> tuple[list[La
             {"chunks": t.chunks}, acc, call.merging,
         ),
         call.launch(
-            kernels.backward_apply, call.blocks * call.over_tiles, t.warps,
+            kernels.backward_apply, call.blocks * call.over_tiles, t.backward_warps,
             call.input, gradient, saved, means, call.affine, call.tensor("gx", gx), call.size, groups,
             {"tiles": call.over_tiles}, call.act, call.flags, call.block,
         ),
@@ -655,5 +676,6 @@ def _explain(
         itemsize=x.element_size(),
         multiprocessors=runtime.multiprocessors(x.device),
     )
-    how = f"{where}, {'one launch' if cut.fused else 'three launches'}, {cut}"
+    launches = "one launch" if cut.fused else "two launches" if cut.merged else "three launches"
+    how = f"{where}, {launches}, {cut}"
     return runtime.Answer("group_norm", None, how)

@@ -178,7 +178,7 @@ def update_launch(
         "b": weight,
         "index": pointer(index),
         "seed": seed,
-        "stream": stream,
+        "row": stream,  # Triton keeps the name `stream` for itself
         "c": c,
         "y": y,
         "m": m if keep else y,

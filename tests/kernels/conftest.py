@@ -18,7 +18,13 @@ import torch
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 # Files about compiled kernels or about plain torch; every other file is about interpreted kernels.
-NOT_INTERPRETED = ("test_kernels_aot", "test_kernels_plumbing", "test_kernels_patch")
+NOT_INTERPRETED = (
+    "test_kernels_aot",
+    "test_kernels_gpu",
+    "test_kernels_launch",
+    "test_kernels_plumbing",
+    "test_kernels_patch",
+)
 
 
 def interpret(path: Path) -> str:

@@ -213,6 +213,6 @@ def gradients(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> tuple[Te
     """The output, and the gradients of a fixed weighting of it with respect to all parameters."""
     model.zero_grad()
     out = call(model)
-    weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
     (out * weights).sum().backward()
     return out.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]

@@ -24,7 +24,7 @@ SOME = [
     ("attention dq, D=64, even", 80),
     ("attention dkdv, D=128, even", 90),
     ("attention dkdv, D=160, bias per query", 80),
-    ("group_norm forward, fused, small, channels first, bfloat16", 80),
+    ("group_norm forward, apply, small, channels first, bfloat16", 80),
     ("group_norm tangent, apply, large, channels last, float32", 90),
     ("group_norm backward, backward_sums, large, channels first, bfloat16", 90),
     ("group_norm backward, backward_apply, large, channels first, bfloat16", 100),

@@ -481,6 +481,8 @@ def test_tiles_cover_every_shape():
         assert t.chunk % t.rows == 0
         assert 1 <= t.warps <= 16
         assert (-(-length // t.chunk) - 1) * t.chunk < length
+        spun = dit.rope_tiles(1, samples, length, min(dim, 256))
+        assert 1 <= spun.span <= samples
 
 
 @pytest.mark.quick
