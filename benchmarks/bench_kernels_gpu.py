@@ -18,7 +18,7 @@ import importlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -547,13 +547,8 @@ VARIANTS: dict[str, tuple[bool | None, str]] = {
 }
 
 
-def network_row(
-    network: Network,
-    place: Place,
-    variants: Iterable[str] = tuple(VARIANTS),
-    alone: Alone = contextlib.nullcontext,
-) -> dict[str, Any]:
-    """Seconds of one evaluation in each of the variants; ``alone`` as for :func:`rows`."""
+def network_row(network: Network, place: Place) -> dict[str, Any]:
+    """Seconds of one evaluation in each of the variants."""
     torch.manual_seed(0)
     with place.device:  # weights are drawn there, which takes a CPU minutes
         model = network.make().to(place.dtype).eval()
@@ -565,8 +560,7 @@ def network_row(
 
     wanted = call(model).double()
     calls: dict[str, Call] = {}
-    for name in variants:
-        patched, how = VARIANTS[name]
+    for name, (patched, how) in VARIANTS.items():
         if patched not in models:
             models[patched] = copy.deepcopy(model)
             report = fk.patch(models[patched], attention=bool(patched))
@@ -580,8 +574,7 @@ def network_row(
             calls[name] = graphed(calls[name], place)
         error = (call(run).double() - wanted).square().mean() ** 0.5
         assert error <= 0.05 * wanted.square().mean() ** 0.5, f"{name}: {error:.3g}"
-    with alone():
-        return {"variants": {name: launched(run, place) for name, run in calls.items()}}
+    return {"variants": {name: launched(run, place) for name, run in calls.items()}}
 
 
 # -- tables --------------------------------------------------------------------------------------------------
@@ -594,28 +587,15 @@ GROUPS: dict[str, Callable[[Place], Iterator[Case]]] = {
 }
 
 
-Alone = Callable[[], contextlib.AbstractContextManager[Any]]
-
-
-def rows(
-    group: Callable[[Place], Iterator[Case]], place: Place, alone: Alone = contextlib.nullcontext
-) -> dict[str, Any]:
-    """The measured lines of a group.
-
-    Args:
-        group: gives the cases.
-        place: where.
-        alone: a context around the timings, such as a lock where other processes compile meanwhile.
-    """
+def rows(group: Callable[[Place], Iterator[Case]], place: Place) -> dict[str, Any]:
+    """The measured lines of a group."""
     torch.manual_seed(0)
+    bandwidth = copy_bandwidth(place)
     made: dict[str, Any] = {}
     with _kept_graphs():
-        with alone():
-            bandwidth = copy_bandwidth(place)
         for case in group(place):
             warm(case)
-            with alone():
-                made[case.name] = row(case, place, bandwidth)
+            made[case.name] = row(case, place, bandwidth)
             torch._dynamo.reset()  # and with it the compiled graphs' memory
     return {"copy bytes/s": bandwidth, "rows": made}
 

@@ -35,6 +35,11 @@ def _asked(query: Callable[[int], tuple[int, int]], index: int) -> tuple[int, in
     return query(index)
 
 
+def capability(index: int) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return _asked(torch.cuda.get_device_capability, index)
+
+
 def _why_not_device(device_type: str, index: int) -> str | None:
     """Why Triton cannot run on a device."""
     if not HAS_TRITON:
@@ -43,9 +48,9 @@ def _why_not_device(device_type: str, index: int) -> str | None:
         return None if INTERPRET else "CPU tensors run in plain torch (see TRITON_INTERPRET=1)"
     if device_type != "cuda" or torch.version.hip is not None:
         return f"no kernels for device {device_type!r}{' (ROCm)' if torch.version.hip else ''}"
-    capability = _asked(torch.cuda.get_device_capability, index)
-    if capability < MIN_CAPABILITY:
-        return f"compute capability {capability} is below {MIN_CAPABILITY}"
+    found = capability(index)
+    if found < MIN_CAPABILITY:
+        return f"compute capability {found} is below {MIN_CAPABILITY}"
     return None
 
 

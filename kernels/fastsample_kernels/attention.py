@@ -13,7 +13,6 @@ stabilizing and scaling continuous-time consistency models", appendix F).
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -263,9 +262,8 @@ def tiles(
 # where the layers around attention want them.
 
 
-@functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return runtime.capability(device.index or 0) if device.type == "cuda" else (9, 0)
 
 
 def _tiles(which: Pass, q: Tensor, k: Tensor, bias: Tensor | None) -> Tiles:

@@ -319,10 +319,6 @@ def forward_launches(
             call.input, tangents, partial, call.size, call.chunking, switch, call.flags, call.block,
         ),
         call.launch(
-            kernels.combine, call.batch * call.groups, t.combine_warps,
-            partial, moments, call.size, groups, call.chunking, {"eps": eps}, switch, acc, call.merging,
-        ),
-        call.launch(
             kernels.apply, call.blocks * call.over_tiles, warps,
             call.input, tangents, moments, call.affine, result,
             {"dgain": y if dgain is None else dgain, "doffset": y if doffset is None else doffset, "dy": dy},
@@ -330,8 +326,12 @@ def forward_launches(
             call.act, switch, call.flags, call.block,
         ),
     ]  # fmt: skip
-    if merged:
-        del launches[1]
+    if not merged:
+        combine = call.launch(
+            kernels.combine, call.batch * call.groups, t.combine_warps,
+            partial, moments, call.size, groups, call.chunking, {"eps": eps}, switch, acc, call.merging,
+        )  # fmt: skip
+        launches.insert(1, combine)
     return launches, y, dy, memory
 
 
