@@ -15,6 +15,9 @@ def _state() -> Any:
     """accelerate's view of a launched run; None otherwise."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
+    # its functions take the group of their import as a default: imported later, they would keep the group, and
+    # gloo's threads, alive past the end
+    import torch.distributed.nn.functional  # noqa: F401
     from accelerate import PartialState
 
     # without the flag, accelerate takes launched processes on a CPU for as many runs of one process

@@ -62,3 +62,38 @@ def test_two_processes_give_the_result_of_one(images: dict[str, str], tmp_path: 
     assert [f.name.rsplit("-", 1)[0] for f in cells[0]] == [f.name.rsplit("-", 1)[0] for f in cells[1]]
     shown = [[json.loads(f.read_text())["result"]["images"] for f in files] for files in cells]
     assert shown[0] == shown[1]
+
+
+AT_THE_END = """
+import atexit, os, sys
+from pathlib import Path
+
+def threads():
+    print(*(task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()))
+
+import torch
+from fastsample.distributed import summed
+
+atexit.register(threads)  # runs after what was registered later
+assert summed(torch.ones(3)).tolist() == [2.0] * 3
+threads()
+import torch.distributed.nn.functional  # whose defaults are the group, if there is one by now
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list its threads")
+def test_no_thread_outlives_the_group(tmp_path: Path) -> None:
+    """A thread that frees a tensor while Python ends kills the process, its work all done (SIGABRT)."""
+    script = tmp_path / "script.py"
+    script.write_text(AT_THE_END)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29544"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sum("gloo" in line for line in lines) == 2, lines  # each process has had them
+    assert sum("gloo" not in line for line in lines) == 2, lines
