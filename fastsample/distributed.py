@@ -17,7 +17,7 @@ def _state() -> Any:
         return None
     # its functions take the group of their import as a default: imported later, they would keep the group, and
     # gloo's threads, alive past the end
-    import torch.distributed.nn.functional  # noqa: F401
+    import torch.distributed.nn.functional
     from accelerate import PartialState
 
     # without the flag, accelerate takes launched processes on a CPU for as many runs of one process

@@ -103,6 +103,8 @@ class Launch:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> None:
+        if runtime.recording.recorder is not None:
+            runtime.recording.recorder.launches.append(self)
         # Triton writes some 40 arguments into strings and compares options, each time, to find what it compiled:
         # that takes three to four times as long as all of this.
         launcher = runtime.launcher()
@@ -111,6 +113,42 @@ class Launch:
             self._run()
             return
         args, passed, types = known
+        driver, device, key = self._key(launcher, args, types)
+        found = types.compiled.get(key)
+        if found is None:
+            types.add(key, self._run(), launcher)
+            return
+        _, run, function, metadata = found
+        run(
+            *self.grid_of_three,
+            driver.get_current_stream(device),
+            function,
+            metadata,
+            None,
+            None,
+            None,
+            *passed,
+        )
+
+    def ready(self) -> tuple[tuple[Any, Any, Any, Any], tuple[Any, ...]] | None:
+        """What was compiled for this launch, as in ``_Types``, and the arguments it is called with; None where Triton
+        has to launch.
+        """
+        launcher = runtime.launcher()
+        known = None if launcher is None else self._known(launcher)
+        if launcher is None or known is None:
+            return None
+        args, passed, types = known
+        found = types.compiled.get(self._key(launcher, args, types)[2])
+        return None if found is None else (found, passed)
+
+    @property
+    def grid_of_three(self) -> tuple[int, int, int]:
+        x, y, z = (*self.grid, 1, 1)[:3]
+        return x, y, z
+
+    def _key(self, launcher: runtime.Launcher, args: tuple[Any, ...], types: _Types) -> tuple[Any, Any, Any]:
+        """Driver, device, and what tells compiled kernels apart."""
         tensors = types.tensors(args)
         driver = launcher.driver.active
         device = driver.get_current_device()
@@ -121,13 +159,7 @@ class Launch:
             tuple([_data_ptr(t) % 16 == 0 for t in tensors]),
             (driver, device, self.num_warps, self.num_stages, options),
         )
-        found = types.compiled.get(key)
-        if found is None:
-            types.add(key, self._run(), launcher)
-            return
-        _, run, function, metadata = found
-        x, y, z = (*self.grid, 1, 1)[:3]
-        run(x, y, z, driver.get_current_stream(device), function, metadata, None, None, None, *passed)
+        return driver, device, key
 
     def _known(self, launcher: runtime.Launcher) -> tuple[tuple[Any, ...], tuple[Any, ...], _Types] | None:
         """The arguments in order, those that a compiled kernel is called with, and their types; None where Triton

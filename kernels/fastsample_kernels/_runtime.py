@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,13 +173,26 @@ def hooked(module: torch.nn.Module) -> bool:
     )
 
 
+class _Recording(threading.local):
+    """What notes the launches and buffers of an operator in this thread, if anything does."""
+
+    recorder: Any = None
+
+
+recording = _Recording()
+
+
 def empty(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, strides: Sequence[int] | None = None
 ) -> Tensor:
     """Every output and every scratch buffer of a kernel is allocated here (tests poison it)."""
-    if strides is not None:
-        return torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=device)
-    return torch.empty(tuple(shape), dtype=dtype, device=device)
+    if strides is None:
+        made = torch.empty(tuple(shape), dtype=dtype, device=device)
+    else:
+        made = torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=device)
+    if recording.recorder is not None:
+        recording.recorder.buffers.append(made)
+    return made
 
 
 def on_device(tensor: Tensor) -> Any:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _runtime as runtime
+from ._replay import replayed
 
 MAX_HEAD_DIM = 256
 _LOG2E = math.log2(math.e)
@@ -310,6 +311,7 @@ def _unit_columns(*tensors: Tensor | None) -> list[Any]:
 
 
 @torch.library.custom_op("fastsample_kernels::attention", mutates_args=())
+@replayed(torch._C._get_cudnn_sdp_enabled)
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -348,6 +350,7 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: floa
 
 
 @torch.library.custom_op("fastsample_kernels::attention_tangent", mutates_args=())
+@replayed()
 def _tangent(
     q: Tensor,
     k: Tensor,
@@ -386,6 +389,7 @@ def _tangent(
 
 
 @torch.library.custom_op("fastsample_kernels::attention_backward", mutates_args=())
+@replayed()
 def _backward(
     do: Tensor,
     q: Tensor,
@@ -446,7 +450,7 @@ def _backward(
             _tiles("dkdv", q, k, bias),
         )()
     if dlogits is None or bias is None:
-        return dq, dk, dv, q.new_empty(0)
+        return dq, dk, dv, runtime.empty((0,), q.dtype, q.device)
     if dlogits.dim() == 3:
         dlogits = dlogits.unsqueeze(2)
     return dq, dk, dv, dlogits.sum_to_size(bias.shape).to(bias.dtype, copy=True)

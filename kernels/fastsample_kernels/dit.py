@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _runtime as runtime
+from ._replay import replayed
 
 Activation = Literal["gelu", "gelu_tanh", "silu"]
 Norm = Literal["layer", "rms"]
@@ -177,10 +178,11 @@ def glu_tiles(features: int) -> Tiles:
 
 def _none(x: Tensor) -> Tensor:
     """An output that was not asked for."""
-    return x.new_empty(0)
+    return runtime.empty((0,), x.dtype, x.device)
 
 
 @torch.library.custom_op("fastsample_kernels::norm", mutates_args=())
+@replayed()
 def _norm(
     x: Tensor,
     branch: Tensor | None,
@@ -216,6 +218,7 @@ def _norm(
 
 
 @torch.library.custom_op("fastsample_kernels::norm_backward", mutates_args=())
+@replayed()
 def _norm_backward(
     h: Tensor,
     dh: Tensor | None,
@@ -321,6 +324,7 @@ def _rope_like(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastsample_kernels::norm_rope", mutates_args=())
+@replayed()
 def _rope(
     x: Tensor,
     cos: Tensor,
@@ -340,6 +344,7 @@ def _rope(
 
 
 @torch.library.custom_op("fastsample_kernels::norm_rope_backward", mutates_args=())
+@replayed()
 def _rope_backward(
     dy: Tensor,
     x: Tensor,
@@ -404,6 +409,7 @@ runtime.batched(_rope_backward, "nnnnp---")
 
 
 @torch.library.custom_op("fastsample_kernels::glu", mutates_args=())
+@replayed()
 def _glu(x: Tensor, activation: str) -> tuple[Tensor]:
     from ._dit_kernels import glu_forward_launch
 
@@ -414,6 +420,7 @@ def _glu(x: Tensor, activation: str) -> tuple[Tensor]:
 
 
 @torch.library.custom_op("fastsample_kernels::glu_backward", mutates_args=())
+@replayed()
 def _glu_backward(dy: Tensor, x: Tensor, activation: str) -> tuple[Tensor]:
     from ._dit_kernels import glu_backward_launch
 

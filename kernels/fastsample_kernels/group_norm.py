@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import _runtime as runtime
 from ._launch import Launch
+from ._replay import replayed
 
 ACTIVATIONS = (None, "silu")
 
@@ -379,6 +380,7 @@ def _run(launches: list[Launch], device: Tensor) -> None:
 
 
 @torch.library.custom_op("fastsample_kernels::group_norm", mutates_args=())
+@replayed()
 def _forward(
     x: Tensor,
     residual: Tensor | None,
@@ -418,6 +420,7 @@ def _jvp(
 
 
 @torch.library.custom_op("fastsample_kernels::group_norm_backward", mutates_args=())
+@replayed()
 def _backward(
     gy: Tensor,
     x: Tensor,

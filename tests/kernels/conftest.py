@@ -24,6 +24,7 @@ NOT_INTERPRETED = (
     "test_kernels_launch",
     "test_kernels_plumbing",
     "test_kernels_patch",
+    "test_kernels_replay",
 )
 
 

@@ -2,18 +2,14 @@
 
 import dataclasses
 import gc
-import inspect
-import itertools
-from types import SimpleNamespace
 
 import kernels_aot as aot
 import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
+from fake_driver import FakeDriver, installed
 from triton.compiler import CompiledKernel
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastsample_kernels import _launch
@@ -27,37 +23,11 @@ FAMILIES = (
 )  # fmt: skip
 
 
-class FakeDriver:
-    """A driver without a GPU; its launchers note what they are called with."""
-
-    def __init__(self):
-        self.device, self.stream, self.calls = 100, 7, []
-        functions = itertools.count(1000)
-        number = 5 if "n_max_threads" in inspect.getsource(CompiledKernel._init_handles) else 4
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": 232448},
-            load_binary=lambda *args: ("module", next(functions), 0, 0, 1024)[:number],
-            unload_module=lambda module: None,
-        )
-
-    def launcher_cls(self, source, metadata):
-        return lambda *args: self.calls.append(args)
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return self.device
-
-    def get_current_stream(self, device):
-        return self.stream + device
-
-
 @pytest.fixture(scope="module")
 def gpu():
     fake = FakeDriver()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", fake)
+        patch.setattr(*installed(fake))
         yield fake
         forget()
         gc.collect()  # Triton unloads a kernel by the driver of that time

@@ -1,0 +1,210 @@
+"""Operators make their launches again from memory, and must make those that they would; for a GPU, but run on none."""
+
+import gc
+import importlib
+import itertools
+import random
+import weakref
+
+import pytest
+import torch
+from test_kernels_launch import gpu  # noqa: F401
+
+import fastsample_kernels as fk
+from fastsample_kernels import _replay
+from fastsample_kernels import _runtime as runtime
+
+attention, dit, norms = (
+    importlib.import_module(f"fastsample_kernels.{name}") for name in ("attention", "dit", "group_norm")
+)
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def tensor(*shape, dtype=BF16, kind="plain"):
+    if kind == "plain":
+        return torch.randn(shape).to(dtype)
+    if kind == "offset":  # not at an address that is a multiple of 16
+        return torch.randn(torch.Size(shape).numel() + 1).to(dtype)[1:].view(shape)
+    if kind == "sliced":
+        return torch.randn(2 * shape[0], *shape[1:]).to(dtype)[::2]
+    last = (0, *range(2, len(shape)), 1)
+    return torch.randn([shape[i] for i in last]).to(dtype).movedim(-1, 1)
+
+
+def group_norm(rng, dtype, kind):
+    x = tensor(2, 64, 8, rng.choice([8, 512]), dtype=dtype, kind=kind)
+    channels, samples = tensor(64, dtype=dtype), tensor(2, 64, dtype=dtype)
+    weight, scale = rng.choice([None, channels]), rng.choice([None, samples])
+    residual = rng.choice([None, x, tensor(*x.shape, dtype=dtype, kind=kind)])
+    return norms._forward, (x, residual, weight, rng.choice([None, channels]), scale, scale, 8, 1e-5, False)
+
+
+def group_norm_backward(rng, dtype, kind):
+    x, gy = (tensor(2, 64, 8, 8, dtype=dtype, kind=kind) for _ in range(2))
+    moments = tensor(2, 2, 8, dtype=F32)
+    return norms._backward, (gy, x, None, None, None, None, None, moments, 8, rng.random() < 0.5)
+
+
+def attend(rng, dtype, kind):
+    kind = "plain" if kind == "last" else kind
+    q = tensor(2, 3, 64, 40, dtype=dtype, kind=kind)
+    k, v = (rng.choice([q, tensor(2, 3, rng.choice([64, 77]), 40, dtype=dtype, kind=kind)]),) * 2
+    bias = rng.choice([None, tensor(1, 1, 1, k.shape[2], dtype=dtype) > 0])
+    return attention._forward, (q, k, v, bias, rng.random() < 0.5, rng.choice([0.1, -0.1]))
+
+
+def attend_backward(rng, dtype, kind):
+    do, q, k, v, o = (tensor(2, 3, 64, 40, dtype=dtype) for _ in range(5))
+    lse = tensor(2, 3, 2, 64, dtype=F32)
+    bias = tensor(1, 1, 64, 64, dtype=dtype)
+    return attention._backward, (do, q, k, v, bias, o, lse, True, 0.1, rng.random() < 0.5)
+
+
+def norm(rng, dtype, kind):
+    x, branch = (tensor(2, 8, 64, dtype=dtype, kind=kind if kind == "offset" else "plain") for _ in range(2))
+    gate, vector = tensor(2, 64, dtype=dtype), tensor(64, dtype=dtype)
+    branch = rng.choice([None, branch, x])
+    gate = None if branch is None else gate
+    return dit._norm, (x, branch, gate, vector, None, gate, gate, 1e-6, rng.random() < 0.5)
+
+
+def norm_backward(rng, dtype, kind):
+    h, dy = (tensor(2, 8, 64, dtype=dtype) for _ in range(2))
+    return dit._norm_backward, (h, None, dy, None, None, None, None, 1e-6, True, rng.random() < 0.5)
+
+
+def rope(rng, dtype, kind):
+    x = tensor(2, 3, 16, 64, dtype=dtype)
+    x = x if rng.random() < 0.5 else x.transpose(1, 2).contiguous().transpose(1, 2)
+    angles = tensor(2, 16, 64, dtype=dtype)
+    weight = rng.choice([None, tensor(64, dtype=dtype)])
+    return dit._rope, (
+        x,
+        angles,
+        rng.choice([angles, tensor(2, 16, 64, dtype=dtype)]),
+        weight,
+        1e-6,
+        True,
+        True,
+    )
+
+
+def glu(rng, dtype, kind):
+    kind = kind if kind == "offset" else "plain"
+    return dit._glu, (tensor(rng.choice([1, 16]), 128, dtype=dtype, kind=kind), rng.choice(["gelu", "silu"]))
+
+
+QUICK = pytest.param(glu, marks=pytest.mark.quick)
+OPERATORS = (group_norm, group_norm_backward, attend, attend_backward, norm, norm_backward, rope, QUICK)
+
+
+class Called:
+    """What a call launches and returns, tensors by what they are: an argument, or the n-th other one."""
+
+    def __init__(self, driver, body, args):
+        inputs = [a for a in args if isinstance(a, torch.Tensor)]
+        names = {}
+        for i, a in enumerate(inputs):
+            names.setdefault((a.data_ptr(), a.dtype), f"argument {i}")
+        before = len(driver.calls)
+        outputs = body(*args)
+        self.launches = [
+            [self.name(value, names) for value in (*call[:6], *call[9:])] for call in driver.calls[before:]
+        ]
+        self.outputs = [(self.name(t, names), tuple(t.shape), t.stride(), t.dtype) for t in outputs]
+
+    def name(self, value, names):
+        if isinstance(value, torch.Tensor):
+            if not value.numel():
+                return "nothing"
+            return names.setdefault((value.data_ptr(), value.dtype), f"buffer {len(names)}")
+        return f"{type(value).__name__} {value!r}"
+
+    def __eq__(self, other):
+        return self.launches == other.launches and self.outputs == other.outputs
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_what_is_made_again_is_what_would_be_made(gpu, operator):  # noqa: F811
+    forms = list(itertools.product((BF16, F32), ("plain", "offset", "sliced", "last"), range(4)))
+    for form in 2 * forms:  # the second time each is known, as are the others
+        body, args = operator(random.Random(str(form)), *form[:2])
+        run = body._init_fn
+        expected = Called(gpu, run.__wrapped__, args)
+        assert expected.launches
+        assert Called(gpu, run, args) == expected
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """The calls that were made from memory."""
+    made, run = [], _replay._Replay.__call__
+
+    def spy(self, *args):
+        made.append(self)
+        return run(self, *args)
+
+    monkeypatch.setattr(_replay._Replay, "__call__", spy)
+    return made
+
+
+@pytest.mark.parametrize("operator", [group_norm, group_norm_backward, attend, norm, rope, QUICK])
+def test_a_form_is_remembered(gpu, operator, replays):  # noqa: F811
+    for i in range(3):
+        body, args = operator(random.Random(7), BF16, "plain")
+        body._init_fn(*args)
+        if i == 0:
+            replays.clear()
+        assert len(replays) == i
+
+
+def test_through_the_functions(gpu, replays, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(runtime, "_why_not_device", lambda *args: None)
+    for _ in range(2):
+        x = tensor(2, 24, 8, 8)
+        with torch.no_grad():
+            fk.group_norm(x, 3, activation="silu")
+        fk.group_norm(x.requires_grad_(), 3, activation="silu")[0].sum().backward()
+    assert len(replays) == 4  # of three forwards and one backward
+
+
+@pytest.mark.quick
+def test_what_does_more_than_launch_is_not_made_again(gpu, replays):  # noqa: F811
+    x = tensor(2, 64, 8, 8).transpose(2, 3)[:, :, ::2]  # copied first
+    q = tensor(2, 3, 64, 40)
+    for _ in range(2):
+        norms._forward._init_fn(x, None, None, None, None, None, 8, 1e-5, False)
+        attention._forward._init_fn(q, q, q, None, False, -0.1)  # -q
+    assert not replays
+
+
+@pytest.mark.quick
+def test_a_profiler_sees_all_launches(gpu, replays, monkeypatch):  # noqa: F811
+    body, args = glu(random.Random(0), BF16, "plain")
+    body._init_fn(*args)
+    replays.clear()
+    seen = []
+    kernel = importlib.import_module("fastsample_kernels._dit_kernels").glu_forward
+    monkeypatch.setattr(kernel, "pre_run_hooks", [lambda *args, **kwargs: seen.append(args)])
+    body._init_fn(*args)
+    assert len(seen) == 1
+    assert not replays
+
+
+@pytest.mark.quick
+def test_nothing_is_kept_alive(gpu):  # noqa: F811
+    body, args = rope(random.Random(3), F32, "plain")
+    kept = [weakref.ref(a) for a in args if isinstance(a, torch.Tensor)]
+    kept += [weakref.ref(out) for out in body._init_fn(*args)]
+    kept += [weakref.ref(out) for out in body._init_fn(*args)]
+    gpu.calls.clear()
+    del args
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)
+
+
+@pytest.mark.quick
+def test_an_error_ends_the_recording(gpu):  # noqa: F811
+    with pytest.raises(ZeroDivisionError):
+        norms._forward._init_fn(tensor(2, 64, 8, 8), None, None, None, None, None, 0, 1e-5, False)
+    assert runtime.recording.recorder is None
