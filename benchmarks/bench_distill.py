@@ -111,9 +111,16 @@ class Bare:
     ict = ect
 
     def scm(self) -> None:
-        self.frozen("teacher")
+        self._taught()
         self.derivative()
         self.learn("student")
+
+    def _taught(self, share: float = 1.0) -> None:
+        """The teacher's velocity, where it is not that of the data."""
+        if self.method.from_teacher:  # type: ignore[attr-defined]
+            self.frozen("teacher", share=share)
+
+    meanflow = scm
 
     def shortcut(self) -> None:
         method: Any = self.method
@@ -121,14 +128,9 @@ class Bare:
         level = (torch.rand(len(self.x)) * (math.log2(method.finest) + 1)).long()
         jumps = torch.rand(len(self.x)) < method.bootstrap
         share, smallest = (float(rows.float().mean()) for rows in (jumps, jumps & (level == level.max())))
-        self.frozen("teacher", share=1 - share)
-        self.frozen(*["teacher"] * 4, share=smallest)  # two Heun steps
+        self._taught(1 - share)
+        self.frozen(*["teacher" if method.from_teacher else "target"] * 4, share=smallest)  # two Heun steps
         self.frozen("target", "target", share=share - smallest)
-        self.learn("student")
-
-    def meanflow(self) -> None:
-        self.frozen("teacher")
-        self.derivative()
         self.learn("student")
 
     def progressive(self) -> None:

@@ -16,7 +16,7 @@ from .draws import Draws
 from .limits import POSITIVE, WEIGHT, Limit
 from .method import squared
 from .prediction import column, known_phi, predict, time_of_phi
-from .tangent import WithTangents
+from .tangent import WithTangents, one_sided
 
 
 @dataclass
@@ -26,7 +26,8 @@ class SCM(WithTangents, ConsistencyModel):
     In TrigFlow's coordinates, of which any process is a scaled copy: angle ``phi = atan2(sigma, alpha)``, state
     ``z = x / sqrt(alpha^2 + sigma^2)``, network ``F = v``, ``f = cos(phi) z - sin(phi) F`` (eq. 4, with sigma_d
     = 1). The loss is eq. 8 with the rearranged and normalised tangent of section 4.1 (and appendix B):
-    ``g = -cos^2 (F - dz/dphi) - r cos sin (z + dF/dphi)``, ``g / (|g| + c)``.
+    ``g = -cos^2 (F - dz/dphi) - r cos sin (z + dF/dphi)``, ``g / (|g| + c)``, where ``|g|`` is the root of the mean
+    square, so that c is one for all numbers of pixels.
 
     Args:
         from_teacher: dz/dphi is the teacher's (sCD), else that of the data (sCT).
@@ -35,7 +36,7 @@ class SCM(WithTangents, ConsistencyModel):
             the training.
         c: of the tangent's normalisation.
         jvp: "auto", "forward", "difference" or "secant", see :class:`fastsample.distill.tangent.Tangent`.
-        width: half of a secant, in angle.
+        width: of a secant, in angle.
     """
 
     from_teacher: bool = True
@@ -84,16 +85,17 @@ class SCM(WithTangents, ConsistencyModel):
             direction = column(cos, x0) * eps - column(sin, x0) * x0
         draws = Draws(x.device)
         out = self.predict("student", x, t, batch, "v")
-        tangent = self.tangent(x, z, direction, phi, t, rate, batch, draws)
+        tangent = self.tangent(out.detach(), x, z, direction, phi, t, rate, batch, draws)
         r = self.warmed(batch.step)
         c, s = column(cos, z), column(sin, z)
         g = -(c**2) * (out.detach() - direction) - r * (c * s * z + tangent)
-        norm = g.flatten(1).norm(dim=1).reshape(-1, *[1] * (g.ndim - 1))
-        g = g / (norm + self.c)
+        size = g.flatten(1).square().mean(dim=1).sqrt().reshape(-1, *[1] * (g.ndim - 1))
+        g = g / (size + self.c)
         return squared(out - out.detach() - g)
 
     def tangent(
         self,
+        out: Tensor,
         x: Tensor,
         z: Tensor,
         direction: Tensor,
@@ -123,18 +125,28 @@ class SCM(WithTangents, ConsistencyModel):
             dx,
             scaled * rate,
             batch.conditions,
-            secant=lambda: column(scaled, z) * self.secant(z, direction, phi, batch, draws),
+            secant=lambda: column(scaled, z) * self.secant(out, z, direction, phi, batch, draws),
             draws=draws,
         )
 
     @torch.no_grad()
-    def secant(self, z: Tensor, direction: Tensor, phi: Tensor, batch: Batch, draws: Draws) -> Tensor:
-        """``dF/dphi`` from the two angles ``phi +- width`` of the trajectory, as far as these are trained."""
+    def secant(
+        self, out: Tensor, z: Tensor, direction: Tensor, phi: Tensor, batch: Batch, draws: Draws
+    ) -> Tensor:
+        """``dF/dphi`` by a parabola through F at ``phi``, ``phi - width`` and ``phi - 2 width`` of the trajectory.
+
+        A consistency function is learnt from less noise towards more. With values from both sides the errors at
+        more noise act upon those at less, which does not settle once r is 1.
+
+        Args:
+            out: F at phi.
+        """
         process = self.teacher.process
-        ends = [(phi + turn).clamp(*self.angles) for turn in (self.width, -self.width)]
-        angles = [known_phi(process, end) for end in ends]
-        values = []
-        for angle in angles:
+        width = self.width * (2 * torch.sin(phi)).clamp(max=1)  # little noise changes fast
+        width = torch.minimum(width, (phi - self.angles[0]) / 2)
+        values, gaps = [], []
+        for k in (1, 2):
+            angle = known_phi(process, phi - k * width)
             # z and dz/dphi turn into each other while the clean sample and the noise stay
             cos, sin = (column(f(angle - phi), z) for f in (torch.cos, torch.sin))
             t = time_of_phi(process, angle)
@@ -142,10 +154,11 @@ class SCM(WithTangents, ConsistencyModel):
             x = column(radius, z) * (cos * z + sin * direction)
             draws.again()
             values.append(self.predict("student", x, t, batch, "v"))
-        span = (angles[0] - angles[1]).clamp(
-            min=torch.finfo(torch.float32).eps
-        )  # of few levels: one and the same
-        return (values[0] - values[1]) / column(span, z)
+            gaps.append(phi - angle)
+        return sum(
+            (column(w, z) * f for w, f in zip(one_sided(*gaps), (out, *values), strict=True)),
+            torch.zeros_like(out),
+        )
 
 
 def angle_to_time(process: Process, phi: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,8 @@ class DMD2(ScoreDistillation):
     """
 
     ratio: int = 5
+    gan: float = 3e-2
+    gan_fake: float = 3e-2
 
     limits: ClassVar[dict[str, Limit]] = {"ratio": COUNT}
 

@@ -23,10 +23,11 @@ class _DataDriven(ConsistencyModel):
     """Pairs (x_t, x_r) of the same clean sample and the same noise, instead of a teacher's step.
 
     Args:
-        p_mean, p_std: of the lognormal noise level ``sigma / alpha`` (the papers: -1.1, 2.0).
+        p_mean, p_std: of the lognormal noise level ``sigma / alpha`` (the papers: -1.1, 2.0, with which a short
+            training hardly ever draws the noisiest level, where one step of sampling begins).
     """
 
-    p_mean: float = -1.1
+    p_mean: float = 0.0
     p_std: float = 2.0
 
     limits: ClassVar[dict[str, Limit]] = {"p_mean": Limit(), "p_std": POSITIVE}
@@ -118,7 +119,6 @@ class ECT(_DataDriven):
     q: float = 2.0
     k: float = 8.0
     b: float = 1.0
-    p_mean: float = 0.0
     stages: int = 5
     c: float = 0.06
 

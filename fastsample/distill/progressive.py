@@ -23,12 +23,13 @@ class Progressive(Method):
     Args:
         first: steps of the first student, a power of two; it is taught by twice as many of the teacher.
         last: steps of the last one. Students of 2 and 1 steps are trained twice as long as the others (section 5).
-        grid: the times, by name of ``fs.grids`` (the paper's cosine schedule is even in the angle).
+        grid: the times, by name of ``fs.grids``; by default the process's own, at which the teacher's first steps are
+            better than at even angles (those of the paper's cosine schedule).
     """
 
     first: int = 8
     last: int = 1
-    grid: str = "angle"
+    grid: str | None = None
 
     solver: ClassVar[str] = "ddim"
 
@@ -38,8 +39,13 @@ class Progressive(Method):
         return (self.last,)
 
     @property
+    def grid_name(self) -> str:
+        """The name of the grid."""
+        return self.grid or self.teacher.process.grid
+
+    @property
     def solver_options(self) -> dict[str, Any]:
-        return {"grid": self.grid, "end": "zero"}
+        return {"grid": self.grid_name, "end": "zero"}
 
     limits: ClassVar[dict[str, Limit]] = {"first": COUNT, "last": COUNT}
 
@@ -50,7 +56,7 @@ class Progressive(Method):
                 raise ValueError(f"{name}={value}: a power of two is needed")
         if self.last > self.first:
             raise ValueError(f"last={self.last} is more than first={self.first}")
-        finest = grids.make(self.grid, self.teacher.process, 2 * self.first, end="zero")
+        finest = grids.make(self.grid_name, self.teacher.process, 2 * self.first, end="zero")
         if len(finest) != 2 * self.first + 1:
             raise ValueError(
                 f"first={self.first}: the network knows too few times; it is taught by {2 * self.first} steps, and "
@@ -88,7 +94,7 @@ class Progressive(Method):
         stage = self.stage(batch.step)
         steps = self.stages[stage]
         process = self.teacher.process
-        times = grids.make(self.grid, process, 2 * steps, end="zero").flip(0)
+        times = grids.make(self.grid_name, process, 2 * steps, end="zero").flip(0)
         i = 2 * (batch.uniform("t", stratified=True) * steps).long()
         t, middle, s = times[i + 2], times[i + 1], times[i]
         x = noised(process, batch.data, batch.normal("eps"), t)

@@ -73,15 +73,19 @@ class Shortcut(StepSized):
     """Shortcut models, algorithm 1: a step of 2d is two steps of d.
 
     The loss is eq. 5: flow matching at step size 0 for a part of the batch; for the rest, dyadic step sizes whose
-    target is the mean of two steps of half the size by the target network (eq. 4). The smallest step is an
-    instantaneous velocity (section 3.1); with a teacher it is two of the teacher's Heun steps, and may be larger.
+    target is the mean of two steps of half the size by the target network (eq. 4). The smallest step is learnt from
+    two Heun steps of instantaneous velocities, the target's own or the teacher's, and may be larger than the paper's,
+    which is such a velocity itself (section 3.1).
 
     Args:
-        finest: the number of the smallest steps, a power of two (the paper, without a teacher: 128).
+        from_teacher: instantaneous velocities are the teacher's; False is training from data (the paper's), and the
+            teacher where the training starts.
+        finest: the number of the smallest steps, a power of two (the paper: 128).
         bootstrap: the share of the batch with dyadic steps (the paper: 1/4).
         target_decay: of the target's moving average (the paper: 0.999, over 800,000 updates).
     """
 
+    from_teacher: bool = False
     finest: int = 8
     bootstrap: float = 0.75
     target_decay: float = 0.9
@@ -102,7 +106,7 @@ class Shortcut(StepSized):
     def objective(self, batch: Batch, role: str) -> Tensor:
         # which samples bootstrap depends on their index, not on their place in a micro-batch
         share = batch.uniform("share") < self.bootstrap
-        levels = math.log2(self.finest) + self.from_teacher  # a teacher teaches the smallest step, too
+        levels = math.log2(self.finest) + 1
         level = (batch.uniform("level") * levels).long()
         count = 2**level  # steps of size 1 / count
         k = (batch.uniform("k") * count).long() + 1
@@ -131,8 +135,6 @@ class Shortcut(StepSized):
     @torch.no_grad()
     def _twice(self, batch: Batch, x: Tensor, tau: Tensor, size: Tensor, eps: Tensor) -> Tensor:
         half = size / 2
-        if not self.from_teacher:
-            return self.two_steps("target", x, tau, half, batch.conditions)
         target = torch.empty_like(x)
         smallest = size * self.finest < 1.5 * self.tau_max
         for rows, function in ((smallest, self.taught), (~smallest, partial(self.two_steps, "target"))):
@@ -143,25 +145,26 @@ class Shortcut(StepSized):
         return target
 
     def taught(self, x: Tensor, tau: Tensor, half: Tensor, conditions: Any) -> Tensor:
-        """The average velocity of two Heun steps of the teacher's."""
+        """The average velocity of two Heun steps of the teacher's, or of the target's own instantaneous velocities."""
+        source, told = (
+            (self.teacher, None) if self.from_teacher else (self.denoiser("target"), torch.zeros_like(half))
+        )
         ends = [known_fraction(self.teacher.process, tau - k * half) for k in (0, 1, 2)]
         end = x
         for (a, _), (b, _) in itertools.pairwise(ends):
-            end = teacher_step(self.teacher, end, a, b, conditions)
+            end = teacher_step(source, end, a, b, conditions, told=told)
         (first, before), (last, after) = ends[0], ends[2]
         return (x / self.scale(first, x) - end / self.scale(last, x)) / column(before - after, x)
 
     def two_steps(self, role: str, x: Tensor, tau: Tensor, half: Tensor, conditions: Any) -> Tensor:
-        """The average velocity of two steps (eq. 4); without a teacher the smallest ones are told as 0."""
-        untaught = (half * self.finest < 1.5 * self.tau_max) & (not self.from_teacher)
+        """The average velocity of two steps (eq. 4)."""
         (t, before), (middle, between), (_, after) = (
             known_fraction(self.teacher.process, tau - k * half) for k in (0, 1, 2)
         )
         steps = before - between, between - after
-        told = [torch.where(untaught, 0.0, step) for step in steps]
-        first = self.velocity(role, x, t, told[0], conditions)
+        first = self.velocity(role, x, t, steps[0], conditions)
         z = x / self.scale(t, x) - column(steps[0], x) * first
-        second = self.velocity(role, z * self.scale(middle, x), middle, told[1], conditions)
+        second = self.velocity(role, z * self.scale(middle, x), middle, steps[1], conditions)
         return (
             column(steps[0] / (before - after), x) * first + column(steps[1] / (before - after), x) * second
         )

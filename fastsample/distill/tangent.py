@@ -178,6 +178,21 @@ class Tangent:
         return network(*primals), (ahead - behind) / (2 * h)
 
 
+def one_sided(near: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights (B,) of ``F(s)``, ``F(s - near)`` and ``F(s - far)`` in ``dF/ds``.
+
+    The derivative of a parabola; of a line where both distances are one, and nothing where they are 0.
+    """
+    line = (far - near) < 1e-6
+    there = near > 1e-6
+    near = torch.where(there, near, 1.0)
+    far = torch.where(line, 2 * near, far)
+    first = torch.where(line, -1 / near, -far / (near * (far - near)))
+    second = torch.where(line, 0.0, near / (far * (far - near)))
+    first, second = (torch.where(there, w, 0.0) for w in (first, second))
+    return -(first + second), first, second
+
+
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Without TensorFloat-32, whose rounding is as large as the differences that are divided."""

@@ -22,9 +22,15 @@ def ddim_step(process: Process, x: Tensor, x0: Tensor, s: Tensor, t: Tensor) -> 
 
 @torch.no_grad()
 def teacher_step(
-    teacher: Denoiser, x: Tensor, s: Tensor, t: Tensor, conditions: Mapping[str, Any], order: int = 2
+    teacher: Denoiser,
+    x: Tensor,
+    s: Tensor,
+    t: Tensor,
+    conditions: Mapping[str, Any],
+    order: int = 2,
+    told: Tensor | None = None,
 ) -> Tensor:
-    """One step of the teacher's ODE from times ``s`` to ``t`` (B,).
+    """One step of the teacher's ODE from times ``s`` to ``t`` (B,); ``told`` is the step size that its network is told.
 
     Heun's rule in the time of a straight flow, ``tau = sigma / (alpha + sigma)``, of whose state ``x / (alpha +
     sigma)`` any process's is a scaled copy: its Euler step is DDIM's, it is Heun's in sigma where there is little
@@ -40,11 +46,11 @@ def teacher_step(
     def moved(velocity: Tensor) -> Tensor:
         return column(after / before, x) * x + column(after * step, x) * velocity
 
-    velocity = predict(teacher, x, s, conditions, "flow")
+    velocity = predict(teacher, x, s, conditions, "flow", step=told)
     there = moved(velocity)
     clean = t == process.t_zero
     if order == 1 or bool(clean.all()):
         return there
-    end = predict(teacher, there, torch.where(clean, process.t_end, t), conditions, "flow")
+    end = predict(teacher, there, torch.where(clean, process.t_end, t), conditions, "flow", step=told)
     corrected = moved((velocity + end) / 2)
     return torch.where(column(clean, x) > 0, there, corrected) if bool(clean.any()) else corrected

@@ -20,7 +20,7 @@ from fastsample.distill.batch import Batch
 from fastsample.distill.dmd2 import matching_gradient
 from fastsample.distill.pairs import Pairs
 from fastsample.distill.prediction import consistency_function, noised, predict, time_of_fraction
-from fastsample.distill.tangent import Tangent
+from fastsample.distill.tangent import Tangent, one_sided
 from fastsample.distill.teacher import ddim_step, teacher_step
 from fastsample.prediction import coefficients
 from fastsample.zoo.data import digits
@@ -252,12 +252,17 @@ def test_new_layers_do_not_depend_on_what_was_drawn_before(name: str) -> None:
 
 
 @pytest.mark.parametrize("process", STRAIGHT, ids=lambda p: f"{p!r:.10}")
-def test_the_teacher_teaches_shortcuts_their_smallest_step(process: fs.Process) -> None:
-    """Two Heun steps of the exact teacher: the average velocity, to second order."""
+@pytest.mark.parametrize("from_teacher", [True, False])
+def test_the_smallest_step_of_shortcuts_is_taught(process: fs.Process, from_teacher: bool) -> None:
+    """Two Heun steps of exact velocities, the teacher's or its own: the average velocity, to second order."""
     x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     errors = []
     for finest in (8, 16, 32):
-        method = distill.Shortcut(gaussian(process), finest=finest)
+        method = distill.Shortcut(gaussian(process), finest=finest, from_teacher=from_teacher)
+        wrong = method.nets["target"] if from_teacher else method.teacher.net
+        assert isinstance(wrong, GaussianVelocity)
+        with torch.no_grad():
+            wrong.theta += 0.3  # which is not asked
         tau = method.tau_max * torch.tensor([1.0, 0.75, 0.5], dtype=torch.float64)
         size = torch.full_like(tau, method.tau_max / finest)
         exact = method.velocity("student", x, time_of_fraction(process, tau), size, {})
@@ -267,10 +272,11 @@ def test_the_teacher_teaches_shortcuts_their_smallest_step(process: fs.Process) 
     assert errors[2] < errors[1] / 3
 
 
-def test_shortcuts_loss_vanishes_at_the_truth() -> None:
-    """All parts of the batch, as the teacher's Heun steps get smaller; not where the network is wrong."""
+@pytest.mark.parametrize("options", [{"from_teacher": True}, {"bootstrap": 1 - 1e-9}], ids=str)
+def test_shortcuts_loss_vanishes_at_the_truth(options: dict[str, Any]) -> None:
+    """All that is no data's velocity, as the Heun steps get smaller; not where the network is wrong."""
     x = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    methods = [distill.Shortcut(gaussian(fs.Flow()), finest=finest) for finest in (16, 64, 256)]
+    methods = [distill.Shortcut(gaussian(fs.Flow()), finest=finest, **options) for finest in (16, 64, 256)]
     losses = [float(method.loss(Batch.of(x)).detach().max()) for method in methods]
     assert losses[1] < losses[0] / 16  # the last step, to zero noise, is of first order: squared, 16
     assert losses[2] < losses[1] / 16
@@ -279,15 +285,15 @@ def test_shortcuts_loss_vanishes_at_the_truth() -> None:
     assert float(methods[2].loss(Batch.of(x)).detach().min()) > 1e-3
 
 
-def test_shortcuts_without_a_teacher_tell_their_smallest_step_as_an_instant() -> None:
-    method = distill.Shortcut(gaussian(fs.Flow()), finest=8, from_teacher=False)
+def test_shortcuts_steps_are_dyadic() -> None:
+    method = distill.Shortcut(gaussian(fs.Flow()), finest=4)
     seen: list[Tensor] = []
     velocity = method.velocity
     method.velocity = lambda role, x, t, step, c: seen.append(step) or velocity(role, x, t, step, c)  # type: ignore[func-returns-value,method-assign]
     x = torch.randn(256, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     method.loss(Batch.of(x))
     told = {round(float(v) / method.tau_max, 6) for step in seen[:2] for v in step}
-    assert told == {0.0, 0.25, 0.5}  # half steps by the target
+    assert told == {0.25, 0.5}  # half steps by the target; a quarter's own halves are Heun's
     assert {round(float(v) / method.tau_max, 6) for v in seen[2]} == {0.0, 0.25, 0.5, 1.0}
 
 
@@ -309,7 +315,7 @@ def test_shortcut_sampling_is_exact_for_exact_velocities(steps: int) -> None:
 @pytest.mark.parametrize("process", STRAIGHT, ids=lambda p: f"{p!r:.10}")
 def test_meanflow_identity(process: fs.Process, jvp: str) -> None:
     """At the exact average velocity the target is the velocity itself; elsewhere it is not."""
-    method = distill.MeanFlow(gaussian(process), different=1.0, jvp=jvp, width=1e-4)
+    method = distill.MeanFlow(gaussian(process), from_teacher=True, different=1.0, jvp=jvp, width=1e-4)
     x = 0.5 * torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss = method.loss(Batch.of(x, 0))
     assert float(loss.max()) < 1e-4, loss  # weight * square: 1 where the error is large
@@ -318,6 +324,26 @@ def test_meanflow_identity(process: fs.Process, jvp: str) -> None:
     with torch.no_grad():
         net.theta += 0.3
     assert float(method.loss(Batch.of(x, 0)).min()) > 0.5
+
+
+@pytest.mark.parametrize("name", ["MeanFlow", "Shortcut"])
+def test_velocities_of_data_are_right_on_average(name: str) -> None:
+    """Each sample's loss is not zero at the exact velocities, but the mean over the data has its minimum there."""
+    options: dict[str, Any] = {"power": 0.0, "jvp": "forward"} if name == "MeanFlow" else {"finest": 64}
+    method = getattr(distill, name)(gaussian(fs.Flow()), **options)
+    net = method.nets["student"]
+    assert isinstance(net, GaussianVelocity)
+    x = net.c * torch.randn(20_000, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradients = []
+    for theta in (-0.1, 0.0, 0.1):
+        with torch.no_grad():
+            net.theta.fill_(theta)
+        net.theta.grad = None
+        method.loss(Batch.of(x, 0)).mean().backward()
+        gradients.append(float(net.theta.grad))
+    below, at, above = gradients
+    assert below < 0 < above
+    assert abs(at) < 0.03 * (above - below), gradients
 
 
 # -- progressive ---------------------------------------------------------------------------------------------
@@ -635,6 +661,17 @@ def test_secants_converge_to_the_derivative(process: fs.Process) -> None:
         assert errors[1] < 0.4 * errors[0]
 
 
+def test_one_sided_differences() -> None:
+    """Exact for parabolas; for lines where both points are one; nothing where they are the point itself."""
+    f = lambda s: 3 - 2 * s + 5 * s**2  # noqa: E731
+    s = torch.tensor([0.3, 0.3, 0.3, 0.3], dtype=torch.float64)
+    near = torch.tensor([0.1, 0.02, 0.1, 0.0], dtype=torch.float64)
+    far = torch.tensor([0.2, 0.5, 0.1, 0.0], dtype=torch.float64)
+    weights = one_sided(near, far)
+    found = sum((w * f(s - d) for w, d in zip(weights, (0.0, near, far), strict=True)), torch.zeros(()))
+    torch.testing.assert_close(found, torch.tensor([1.0, 1.0, 0.5, 0.0], dtype=torch.float64))
+
+
 def test_scm_tangent_vanishes_at_the_truth() -> None:
     """df/dphi of the true consistency function along the trajectory is zero: g is, too, once warmed up."""
     process = fs.TrigFlow()
@@ -668,7 +705,7 @@ def test_scm_tangent_vanishes_at_the_truth() -> None:
 def test_ict_tables() -> None:
     """The discretisation curriculum of the paper's 400,000 updates, and its lognormal noise levels."""
     teacher = fs.wrap(Linear(), fs.EDM(), "x0", sample_shape=SHAPE)
-    method = distill.ICT(teacher, total=400_000)
+    method = distill.ICT(teacher, p_mean=-1.1, total=400_000)
     doubled = [method.intervals(s) for s in (0, 49_999, 50_000, 100_000, 150_000, 349_999, 350_000, 399_999)]
     assert doubled == [10, 10, 20, 40, 80, 640, 1280, 1280]
     levels = method.levels(17)
