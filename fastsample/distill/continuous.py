@@ -30,19 +30,21 @@ class SCM(WithTangents, ConsistencyModel):
     square, so that c is one for all numbers of pixels.
 
     Args:
-        from_teacher: dz/dphi is the teacher's (sCD), else that of the data (sCT).
-        p_mean, p_std: of the lognormal ``tan(phi)`` (the paper's sCT on CIFAR-10: -1.0, 1.4).
-        warmup: r goes from 0 to 1 over so many updates (the paper: 10,000); a number below 1 is a share of
-            the training.
+        from_teacher: dz/dphi is the teacher's (sCD); False is that of the data (sCT), and the teacher where the
+            training starts.
+        p_mean, p_std: of the lognormal ``tan(phi)`` (the paper's sCT on CIFAR-10: -1.0, 1.4, with which a short
+            training hardly ever draws the noisiest level, where one step of sampling begins).
+        warmup: r goes from 0 to 1 over so many updates (the paper: 10,000 of 400,000); a number below 1 is a share
+            of the training. Errors of large steps of the weights grow where r is 1.
         c: of the tangent's normalisation.
         jvp: "auto", "forward", "difference" or "secant", see :class:`fastsample.distill.tangent.Tangent`.
         width: of a secant, in angle.
     """
 
-    from_teacher: bool = True
-    p_mean: float = -0.4
-    p_std: float = 1.6
-    warmup: float = 0.25
+    from_teacher: bool = False
+    p_mean: float = 0.0
+    p_std: float = 2.0
+    warmup: float = 0.7
     c: float = 0.1
     jvp: str = "auto"
     width: float = 0.05
@@ -142,8 +144,7 @@ class SCM(WithTangents, ConsistencyModel):
             out: F at phi.
         """
         process = self.teacher.process
-        width = self.width * (2 * torch.sin(phi)).clamp(max=1)  # little noise changes fast
-        width = torch.minimum(width, (phi - self.angles[0]) / 2)
+        width = ((phi - self.angles[0]) / 2).clamp(max=self.width)
         values, gaps = [], []
         for k in (1, 2):
             angle = known_phi(process, phi - k * width)

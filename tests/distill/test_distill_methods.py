@@ -672,31 +672,64 @@ def test_one_sided_differences() -> None:
     torch.testing.assert_close(found, torch.tensor([1.0, 1.0, 0.5, 0.0], dtype=torch.float64))
 
 
+class TrueGaussian(nn.Module):
+    """N(0, c^2) in TrigFlow's coordinates: f = c z / m(phi), m^2 = c^2 cos^2 + sin^2; F = (cos z - f) / sin."""
+
+    c = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        cos, sin = (f(t).to(x).reshape(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
+        m = torch.sqrt(self.c**2 * cos**2 + sin**2)
+        return (cos * x - self.c * x / m) / sin + self.theta * x
+
+
+class GaussianDirection(nn.Module):
+    """The velocity dz/dphi = z m'/m of the same."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        cos, sin = (f(t).to(x).reshape(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
+        return (1 - 0.25) * cos * sin / (0.25 * cos**2 + sin**2) * x
+
+
+def scm_on_gaussians(**options: Any) -> distill.SCM:
+    teacher, student = (
+        fs.wrap(net, fs.TrigFlow(), "v", dtype=torch.float64, sample_shape=SHAPE)
+        for net in (GaussianDirection(), TrueGaussian())
+    )
+    return distill.SCM(teacher, student, **options)
+
+
 def test_scm_tangent_vanishes_at_the_truth() -> None:
     """df/dphi of the true consistency function along the trajectory is zero: g is, too, once warmed up."""
-    process = fs.TrigFlow()
-
-    class True1D(nn.Module):
-        """N(0, c^2): f = c z / m(phi), m^2 = c^2 cos^2 + sin^2; F = (cos z - f) / sin."""
-
-        c = 0.5
-
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            cos, sin = (f(t).to(x).reshape(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
-            m = torch.sqrt(self.c**2 * cos**2 + sin**2)
-            return (cos * x - self.c * x / m) / sin
-
-    class Teacher(nn.Module):
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            cos, sin = (f(t).to(x).reshape(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
-            return (1 - 0.25) * cos * sin / (0.25 * cos**2 + sin**2) * x  # dz/dphi = z m'/m
-
-    wrap = lambda net: fs.wrap(net, process, "v", dtype=torch.float64, sample_shape=SHAPE)  # noqa: E731
     x = 0.5 * torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    warmed = distill.SCM(wrap(Teacher()), wrap(True1D()), warmup=0)
+    warmed = scm_on_gaussians(from_teacher=True, warmup=0)
     assert float(warmed.loss(Batch.of(x)).max()) < 1e-12
-    cold = distill.SCM(wrap(Teacher()), wrap(True1D()), warmup=100)
+    cold = scm_on_gaussians(from_teacher=True, warmup=100)
     assert float(cold.loss(Batch.of(x)).min()) > 1e-6
+
+
+@pytest.mark.parametrize("jvp", ["forward", "secant"])
+def test_scm_of_data_is_right_on_average(jvp: str) -> None:
+    """Without the normalisation the mean over the data vanishes at the truth, no single sample's tangent."""
+    method = scm_on_gaussians(warmup=0, c=1e6, jvp=jvp, width=0.01)
+    net = method.nets["student"]
+    assert isinstance(net, TrueGaussian)
+    x = net.c * torch.randn(20_000, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradients = []
+    for theta in (-0.1, 0.0, 0.1):
+        with torch.no_grad():
+            net.theta.fill_(theta)
+        net.theta.grad = None
+        (1e6 * method.loss(Batch.of(x)).mean()).backward()
+        assert net.theta.grad is not None
+        gradients.append(float(net.theta.grad))
+    below, at, above = gradients
+    assert below < 0 < above
+    assert abs(at) < 0.03 * (above - below), gradients
 
 
 # -- tables --------------------------------------------------------------------------------------------------
