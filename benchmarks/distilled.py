@@ -23,15 +23,17 @@ import torch
 
 import fastsample as fs
 from fastsample import distill
+from fastsample.bench.data import load_images
 from fastsample.bench.provenance import device_name
 from fastsample.distill.data import as_data
 from fastsample.distill.evaluation import Evaluation
 from fastsample.distill.student import Student, record
 from fastsample.distributed import resolve_device
-from fastsample.metrics import FrechetReference
+from fastsample.metrics import FrechetReference, memorisation, to_uint8
 from fastsample.zoo import MODELS
 
 SOLUTION = 60  # steps of auto after which nothing changes
+NEIGHBOURS = 1500  # samples whose nearest images are looked for
 TEACHERS = [("auto", k) for k in (1, 4, 5, 8, 16, 35)] + [("unipc", k) for k in (1, 4, 5, 8, 16, 35)]
 
 
@@ -42,11 +44,16 @@ class _Teacher(Student):
         return fs.Sampler(self.denoiser, self.solver, steps, end="zero")
 
 
-def teacher_table(denoiser: fs.Denoiser, evaluation: Evaluation) -> list[str]:
-    lines = [f"| teacher's solver | evaluations | {evaluation.metric} |", "|---|---|---|"]
+def teacher_table(denoiser: fs.Denoiser, evaluation: Evaluation, nearest: Nearest) -> list[str]:
+    lines = [
+        f"| teacher's solver | evaluations | {evaluation.metric} | training images over others |",
+        "|---|---|---|---|",
+    ]
     for solver, steps in (*TEACHERS, ("auto", SOLUTION)):
-        found = evaluation.distance(_Teacher(denoiser, solver), steps, seed=1)
-        lines.append(f"| `{solver}` | {steps} | {found.value:.3f} ± {found.se:.3f} |")
+        teacher = _Teacher(denoiser, solver)
+        found = evaluation.distance(teacher, steps, seed=1)
+        near = nearest.ratio(teacher, steps)
+        lines.append(f"| `{solver}` | {steps} | {found.value:.3f} ± {found.se:.3f} | {near:.2f} |")
     return lines
 
 
@@ -58,12 +65,30 @@ def to_the_solution(denoiser: fs.Denoiser, evaluation: Evaluation) -> Evaluation
     return own
 
 
-def student_rows(out: Path, metric: str, own: Evaluation) -> list[str]:
+class Nearest:
+    """How much nearer a student's samples are to training images than to others."""
+
+    def __init__(self, teacher: str, evaluation: Evaluation) -> None:
+        entry, self.evaluation = MODELS[teacher], evaluation
+        assert entry.heldout is not None
+        sources = (load_images(s, evaluation.data.shape).source for s in (entry.train, entry.heldout))
+        self.train, self.heldout = (s for s in sources if isinstance(s, torch.Tensor))
+
+    def ratio(self, student: Student, steps: int) -> float:
+        """The distance to the nearest training image over that to the nearest held-out one."""
+        index = torch.arange(NEIGHBOURS)
+        conditions = self.evaluation.data.conditions(index, self.evaluation.device, 3)
+        shape = (NEIGHBOURS, *self.evaluation.data.shape)
+        x = student.sampler(steps)(shape=shape, seed=3, index=index, **conditions)
+        return memorisation(to_uint8(x).cpu(), self.train, self.heldout).ratio
+
+
+def student_rows(out: Path, metric: str, own: Evaluation, nearest: Nearest) -> list[str]:
     """The rows of all students that are finished, by method, number and size of updates, and where they were made."""
     lines = [
         "| method | updates | of images | seeds | 1 step | 2 steps | 4 steps | 1 step, to the teacher's solution "
-        "| minutes | on |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| training images over others, 1 / 2 / 4 steps | minutes | on |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[int, int, int, str], list[Path]] = {}
     order = list(distill.METHODS)
@@ -83,6 +108,10 @@ def student_rows(out: Path, metric: str, own: Evaluation) -> list[str]:
             cells.append(_mean([r[metric] for r in rows], [r["standard error"] for r in rows]))
         followed = [own.distance(s, 1) for s in students]
         cells.append(_mean([e.value for e in followed], [e.se for e in followed]))
+        steps = [row["steps"] for row in students[0].measured]
+        cells.append(
+            " / ".join(f"{statistics.fmean(nearest.ratio(s, k) for s in students):.2f}" for k in steps)
+        )
         minutes = statistics.median(float((f / "minutes.txt").read_text()) for f in folders)
         lines.append(
             f"| `{order[place]}` | {updates} | {size} | {len(folders)} | {' | '.join(cells)} | {minutes:.1f} | {made} |"
@@ -142,6 +171,7 @@ def main() -> None:
         denoiser = fs.zoo.load(args.teacher)
         denoiser.net.to(device)
         evaluation = Evaluation(entry.metric, args.samples, as_data(entry.data).near(device), device)
+        nearest = Nearest(args.teacher, evaluation)
         text = [
             f"# Students of the network `{args.teacher}`",
             "",
@@ -150,9 +180,12 @@ def main() -> None:
             f"`python benchmarks/distilled.py --teacher {args.teacher} --table`.",
             *(["", args.note] if args.note else []),
             "",
-            *student_rows(args.out, entry.metric, to_the_solution(denoiser, evaluation)),
+            "Training images over others: the distance from a sample to the nearest training image over that to the "
+            "nearest held-out one, of sets of one size; 1 where nothing is learnt by heart.",
             "",
-            *teacher_table(denoiser, evaluation),
+            *student_rows(args.out, entry.metric, to_the_solution(denoiser, evaluation), nearest),
+            "",
+            *teacher_table(denoiser, evaluation, nearest),
         ]
         Path(f"benchmarks/results/distilled-{args.teacher}.md").write_text("\n".join(text) + "\n")
 
