@@ -91,8 +91,7 @@ class SCM(WithTangents, ConsistencyModel):
         r = self.warmed(batch.step)
         c, s = column(cos, z), column(sin, z)
         g = -(c**2) * (out.detach() - direction) - r * (c * s * z + tangent)
-        size = g.flatten(1).square().mean(dim=1).sqrt().reshape(-1, *[1] * (g.ndim - 1))
-        g = g / (size + self.c)
+        g = g / (column(squared(g).sqrt(), g) + self.c)
         return squared(out - out.detach() - g)
 
     def tangent(
@@ -156,10 +155,8 @@ class SCM(WithTangents, ConsistencyModel):
             draws.again()
             values.append(self.predict("student", x, t, batch, "v"))
             gaps.append(phi - angle)
-        return sum(
-            (column(w, z) * f for w, f in zip(one_sided(*gaps), (out, *values), strict=True)),
-            torch.zeros_like(out),
-        )
+        here, near, far = (column(w, z) for w in one_sided(*gaps))
+        return here * out + near * values[0] + far * values[1]
 
 
 def angle_to_time(process: Process, phi: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,6 @@ class MeanFlow(WithTangents, StepSized):
     """The average velocity u over [r, t] by its identity ``u = v - (t - r) du/dt`` (eq. 6), algorithm 1.
 
     Args:
-        from_teacher: v is the teacher's velocity; False is the data's (the paper's), and the teacher where the training
-            starts.
         different: the share of samples with r != t (the paper: 0.25).
         times: "uniform", so that one step from pure noise has its share in a short training, or "logit_normal"
             (the paper).
@@ -37,7 +35,6 @@ class MeanFlow(WithTangents, StepSized):
         width: half of a secant, in flow time.
     """
 
-    from_teacher: bool = False
     different: float = 0.5
     times: str = "uniform"
     p_mean: float = -0.4

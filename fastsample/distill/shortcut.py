@@ -29,11 +29,12 @@ class StepSized(Method):
 
     Args:
         at: the name of the network's time embedding, where it is not found by itself.
-        from_teacher: instantaneous velocities are the teacher's; False is training from data alone.
+        from_teacher: instantaneous velocities are the teacher's; False is those of the data (the papers'), and the
+            teacher where the training starts.
     """
 
     at: str | None = None
-    from_teacher: bool = True
+    from_teacher: bool = False
 
     solver: ClassVar[str] = "shortcut"
     converts: ClassVar[bool] = False
@@ -78,14 +79,11 @@ class Shortcut(StepSized):
     which is such a velocity itself (section 3.1).
 
     Args:
-        from_teacher: instantaneous velocities are the teacher's; False is training from data (the paper's), and the
-            teacher where the training starts.
         finest: the number of the smallest steps, a power of two (the paper: 128).
         bootstrap: the share of the batch with dyadic steps (the paper: 1/4).
         target_decay: of the target's moving average (the paper: 0.999, over 800,000 updates).
     """
 
-    from_teacher: bool = False
     finest: int = 8
     bootstrap: float = 0.75
     target_decay: float = 0.9

@@ -11,11 +11,19 @@ import torch
 
 from . import _runtime as runtime
 
-_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _NUMBERS = frozenset({bool, int, float, type(None)})
 _CAPACITY = 4096  # compiled kernels of one kernel and types; every shape has one
 _dtype = attrgetter("dtype")
 _data_ptr = torch.Tensor.data_ptr
+
+
+Compiled = tuple[Any, Any, Any, Any]  # of Triton's class, which keeps it loaded; how it is run, and by what
+
+
+def start(compiled: Compiled, grid: tuple[int, int, int], stream: Any, passed: Sequence[Any]) -> None:
+    """The end of Triton's ``JITFunction.run``."""
+    _, run, function, metadata = compiled
+    run(*grid, stream, function, metadata, None, None, None, *passed)
 
 
 def _picker(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
@@ -37,7 +45,7 @@ class _Types:
     def __init__(self, params: Sequence[Any], types: Sequence[type]) -> None:
         tensors, values = [], []
         for i, (param, kind) in enumerate(zip(params, types, strict=True)):
-            if kind in _TENSORS:
+            if kind in runtime.PLAIN_TENSORS:
                 tensors.append(i)
             # Seeds are not to be compiled for, and are new in each call. Their type is the declared one.
             elif param.is_constexpr or (
@@ -46,14 +54,16 @@ class _Types:
                 values.append(i)
         self.tensors = _picker(tensors)
         self.values = _picker(values)
-        self.compiled: dict[Any, tuple[Any, Any, Any, Any]] = {}
+        self.compiled: dict[Any, Compiled] = {}
 
-    def add(self, key: Any, compiled: Any, launcher: runtime.Launcher) -> None:
+    def add(self, key: Any, compiled: Any, launcher: runtime.Launcher) -> Compiled | None:
         if type(compiled) is not launcher.compiled:
-            return
+            return None
         if len(self.compiled) >= _CAPACITY:
             self.compiled.clear()
-        self.compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
+        made = compiled, compiled.run, compiled.function, compiled.packed_metadata
+        self.compiled[key] = made
+        return made
 
 
 class _Kernel:
@@ -73,7 +83,7 @@ class _Kernel:
     def learn(self, launcher: runtime.Launcher, types: tuple[type, ...]) -> _Types | None:
         """How to tell arguments of these types apart; None where it is not known."""
         known = all(
-            kind in launcher.constant if p.is_constexpr else kind in _TENSORS or kind in _NUMBERS
+            kind in launcher.constant if p.is_constexpr else kind in runtime.PLAIN_TENSORS or kind in _NUMBERS
             for p, kind in zip(self.params, types, strict=True)
         )
         self.types[types] = found = _Types(self.params, types) if known else None
@@ -103,44 +113,23 @@ class Launch:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> None:
-        if runtime.recording.recorder is not None:
-            runtime.recording.recorder.launches.append(self)
         # Triton writes some 40 arguments into strings and compares options, each time, to find what it compiled:
         # that takes three to four times as long as all of this.
         launcher = runtime.launcher()
         known = None if launcher is None else self._known(launcher)
+        compiled, passed = None, ()
         if launcher is None or known is None:
             self._run()
-            return
-        args, passed, types = known
-        driver, device, key = self._key(launcher, args, types)
-        found = types.compiled.get(key)
-        if found is None:
-            types.add(key, self._run(), launcher)
-            return
-        _, run, function, metadata = found
-        run(
-            *self.grid_of_three,
-            driver.get_current_stream(device),
-            function,
-            metadata,
-            None,
-            None,
-            None,
-            *passed,
-        )
-
-    def ready(self) -> tuple[tuple[Any, Any, Any, Any], tuple[Any, ...]] | None:
-        """What was compiled for this launch, as in ``_Types``, and the arguments it is called with; None where Triton
-        has to launch.
-        """
-        launcher = runtime.launcher()
-        known = None if launcher is None else self._known(launcher)
-        if launcher is None or known is None:
-            return None
-        args, passed, types = known
-        found = types.compiled.get(self._key(launcher, args, types)[2])
-        return None if found is None else (found, passed)
+        else:
+            args, passed, types = known
+            driver, device, key = self._key(launcher, args, types)
+            compiled = types.compiled.get(key)
+            if compiled is None:
+                compiled = types.add(key, self._run(), launcher)
+            else:
+                start(compiled, self.grid_of_three, driver.get_current_stream(device), passed)
+        if runtime.recording.recorder is not None:
+            runtime.recording.recorder.launches.append((self, compiled, passed))
 
     @property
     def grid_of_three(self) -> tuple[int, int, int]:

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _runtime as runtime
-from ._launch import Launch
+from ._launch import Compiled, Launch, start
 
-_TENSORS = (torch.Tensor, torch.nn.Parameter)
 REMEMBERS = True
 """False builds every call anew, to compare."""
 _CAPACITY = 4096  # forms of one operator
@@ -44,7 +43,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.buffers: list[Tensor] = []
-        self.launches: list[Launch] = []
+        self.launches: list[tuple[Launch, Compiled | None, tuple[Any, ...]]] = []
         self.complete = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,26 +62,24 @@ class Recorder(TorchDispatchMode):
 class _Replay:
     """The launches with places for tensors, by number: those of the arguments first, then the buffers."""
 
-    __slots__ = ("buffers", "kernels", "launches", "outputs")
+    __slots__ = ("buffers", "launches", "outputs")
 
-    def __init__(
-        self, buffers: list[Any], kernels: list[Any], launches: list[Any], outputs: tuple[int, ...]
-    ) -> None:
-        self.buffers, self.kernels, self.launches, self.outputs = buffers, kernels, launches, outputs
+    def __init__(self, buffers: list[Any], launches: list[Any], outputs: tuple[int, ...]) -> None:
+        self.buffers, self.launches, self.outputs = buffers, launches, outputs
 
     def watched(self) -> bool:
         """Whether a kernel has got hooks meanwhile, which Triton runs."""
-        return any(kernel.pre_run_hooks for kernel in self.kernels)
+        return any(kernel.pre_run_hooks for kernel, *_ in self.launches)
 
     def __call__(self, tensors: list[Tensor], stream: Any) -> tuple[Tensor, ...]:
         device = tensors[0].device
         for shape, dtype, strides in self.buffers:
             tensors.append(runtime.empty(shape, dtype, device, strides))
-        for run, grid, function, metadata, values, places in self.launches:
+        for _, compiled, grid, values, places in self.launches:
             passed = values.copy()
             for place, number in places:
                 passed[place] = tensors[number]
-            run(*grid, stream, function, metadata, None, None, None, *passed)
+            start(compiled, grid, stream, passed)
         return tuple([tensors[number] for number in self.outputs])
 
 
@@ -110,11 +107,9 @@ def _replay_of(recorder: Recorder, inputs: Sequence[Tensor], outputs: Any) -> _R
             forms[own[0]] = (tuple(t.shape), t.dtype, t.stride())
         returned.append(own[0])
     launches = []
-    for launch in recorder.launches:
-        ready = launch.ready()
-        if ready is None:
+    for launch, compiled, passed in recorder.launches:
+        if compiled is None:
             return None
-        (_, run, function, metadata), passed = ready
         values, places = list(passed), []
         for place, value in enumerate(passed):
             if isinstance(value, Tensor):
@@ -123,9 +118,8 @@ def _replay_of(recorder: Recorder, inputs: Sequence[Tensor], outputs: Any) -> _R
                     return None
                 values[place] = None
                 places.append((place, found))
-        launches.append((run, launch.grid_of_three, function, metadata, values, places))
-    kernels = [launch.kernel for launch in recorder.launches]
-    return _Replay(forms, kernels, launches, tuple(len(inputs) + i for i in returned))
+        launches.append((launch.kernel, compiled, launch.grid_of_three, values, places))
+    return _Replay(forms, launches, tuple(len(inputs) + i for i in returned))
 
 
 def replayed(state: Callable[[], Any] | None = None) -> Callable[[F], F]:
@@ -146,7 +140,7 @@ def replayed(state: Callable[[], Any] | None = None) -> Callable[[F], F]:
                 return body(*args)
             tensors, form = [], []
             for a in args:
-                if type(a) in _TENSORS:
+                if type(a) in runtime.PLAIN_TENSORS:
                     tensors.append(a)
                     form.append((a.shape, a.stride(), a.dtype))
                 elif isinstance(a, Tensor):

@@ -382,7 +382,7 @@ def differentiable(
     return call
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def _unwatched(args: tuple[Any, ...]) -> bool:
@@ -393,7 +393,9 @@ def _unwatched(args: tuple[Any, ...]) -> bool:
         return False
     grad = torch.is_grad_enabled()
     return all(
-        type(a) in _PLAIN and not (grad and a.requires_grad) for a in args if isinstance(a, torch.Tensor)
+        type(a) in PLAIN_TENSORS and not (grad and a.requires_grad)
+        for a in args
+        if isinstance(a, torch.Tensor)
     )
 
 
