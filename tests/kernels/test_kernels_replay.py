@@ -179,6 +179,19 @@ def test_what_does_more_than_launch_is_not_made_again(gpu, replays):  # noqa: F8
 
 
 @pytest.mark.quick
+def test_work_of_pytorch_on_a_buffer_is_not_left_out(gpu, replays):  # noqa: F811
+    @_replay.replayed()
+    def body(x):
+        y = runtime.empty(x.shape, x.dtype, x.device)
+        y.zero_()  # no launch of ours, and the output is a buffer that would be found
+        return (y,)
+
+    for _ in range(2):
+        assert not body(tensor(4, 64))[0].any()
+    assert not replays
+
+
+@pytest.mark.quick
 def test_a_profiler_sees_all_launches(gpu, replays, monkeypatch):  # noqa: F811
     body, args = glu(random.Random(0), BF16, "plain")
     body._init_fn(*args)
