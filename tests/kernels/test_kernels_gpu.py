@@ -12,6 +12,7 @@ import test_kernels_attention as attention_tests
 import test_kernels_dit as dit_tests
 import test_kernels_group_norm as norm_tests
 import torch
+import torch.nn.functional as F
 from accuracy import assert_close_enough
 from torch import Tensor
 
@@ -51,6 +52,18 @@ def _moved(t: Tensor) -> Tensor:
 
 def double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def low_precision(q, k, v, *, bias=None, **options) -> Tensor:
+    """Plain torch with the kernel's precision: cuBLAS rounds float32 to TF32 only where rows are multiples of 16
+    bytes, so further keys, which nobody sees, fill them up."""
+    extra = -k.shape[-2] % 4 if q.dtype == torch.float32 else 0
+    if extra:
+        if bias is None:
+            bias = torch.ones(1, k.shape[-2], dtype=torch.bool, device=q.device)
+        bias = F.pad(bias, (0, extra), value=False if bias.dtype == torch.bool else -torch.inf)
+        k, v = (F.pad(t, (0, 0, 0, extra)) for t in (k, v))
+    return attention.reference(q, k, v, bias=bias, **options)
 
 
 SHAPES = (
@@ -111,7 +124,7 @@ def test_attention(queries, keys, kind, dim, dtype):
     assert "Triton" in fk.explain("attention", is_causal=causal, **tensors)
     options = {"is_causal": causal}
     got = attention_tests.run(fk.attention, tensors, do, **options)
-    low = attention_tests.run(attention.reference, tensors, do, **options)
+    low = attention_tests.run(low_precision, tensors, do, **options)
     exact = attention_tests.run(attention.reference, double(tensors), do.double(), **options)
     assert_close_enough(got, low, exact)
     again = attention_tests.run(fk.attention, tensors, do, **options)
@@ -122,7 +135,7 @@ def test_attention(queries, keys, kind, dim, dtype):
         attention_tests.along(function, convert(tensors), convert(tangents), **options)
         for function, convert in (
             (fk.attention, dict),
-            (attention.reference, dict),
+            (low_precision, dict),
             (attention.reference, double),
         )
     )
