@@ -74,6 +74,11 @@ def dry() -> Place:
     return Place(torch.device("cpu"), True)
 
 
+def own_stream(place: Place) -> Any:
+    """Context: a backward pass runs on the stream of its forward pass, and PyTorch's first one cannot be captured."""
+    return contextlib.nullcontext() if place.dry else torch.cuda.stream(torch.cuda.Stream())
+
+
 def graphed(call: Call, place: Place) -> Call:
     """The call as a CUDA graph; on a CPU, which has none, the call."""
     if place.dry:
@@ -82,7 +87,7 @@ def graphed(call: Call, place: Place) -> Call:
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         call()
     return graph.replay
 
@@ -552,11 +557,16 @@ def network_row(network: Network, place: Place) -> dict[str, Any]:
     torch.manual_seed(0)
     with place.device:  # weights are drawn there, which takes a CPU minutes
         model = network.make().to(place.dtype).eval()
+    with own_stream(place):
+        return {"variants": _times_of_variants(model, network.inputs, place)}
+
+
+def _times_of_variants(model: nn.Module, inputs: dict[str, Any], place: Place) -> dict[str, float]:
     models: dict[bool | None, nn.Module] = {None: model}
 
     def call(run: Any) -> Tensor:
         with torch.no_grad():
-            return run(**network.inputs, return_dict=False)[0]
+            return run(**inputs, return_dict=False)[0]
 
     wanted = call(model).double()
     calls: dict[str, Call] = {}
@@ -574,7 +584,7 @@ def network_row(network: Network, place: Place) -> dict[str, Any]:
             calls[name] = graphed(calls[name], place)
         error = (call(run).double() - wanted).square().mean() ** 0.5
         assert error <= 0.05 * wanted.square().mean() ** 0.5, f"{name}: {error:.3g}"
-    return {"variants": {name: launched(run, place) for name, run in calls.items()}}
+    return {name: launched(run, place) for name, run in calls.items()}
 
 
 # -- tables --------------------------------------------------------------------------------------------------
@@ -590,9 +600,9 @@ GROUPS: dict[str, Callable[[Place], Iterator[Case]]] = {
 def rows(group: Callable[[Place], Iterator[Case]], place: Place) -> dict[str, Any]:
     """The measured lines of a group."""
     torch.manual_seed(0)
-    bandwidth = copy_bandwidth(place)
     made: dict[str, Any] = {}
-    with _kept_graphs():
+    with _kept_graphs(), own_stream(place):
+        bandwidth = copy_bandwidth(place)
         for case in group(place):
             warm(case)
             made[case.name] = row(case, place, bandwidth)

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import _runtime as runtime
+from ._replay import remembered
 from .attention import attention as fused_attention
 from .attention import supported as attention_supported
-from .dit import Norm, gated_residual_norm, geglu, layer_norm, rms_norm, swiglu
-from .dit import _why_not_glu as gate_supported
+from .dit import Norm, gated_residual_norm, geglu, glu_supported, layer_norm, rms_norm, swiglu
 from .dit import supported as rows_supported
 from .group_norm import group_norm, supported
+
+# Of a norm over the last axis: size of its rows unless any will do, weight, bias and eps.
+Parts = tuple["int | None", "Tensor | None", "Tensor | None", "float | None"]
 
 
 def plain(x: Tensor) -> bool:
@@ -36,25 +39,39 @@ def shaped(x: Tensor) -> bool:
 # -- group norm ------------------------------------------------------------------------------------------------
 
 
+@remembered
+def _grouped(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    scale: Any = None,
+    shift: Any = None,
+) -> Tensor | None:
+    """``activation(norm(x) * (1 + scale) + shift)``, where the kernel takes it."""
+    flat = [_per_channel(t, x) for t in (scale, shift)]
+    known = all(f is not None or t is None for f, t in zip(flat, (scale, shift), strict=True))
+    if not shaped(x) or not known or supported(x, weight, bias, *flat) is not None:
+        return None
+    return group_norm(x, num_groups, weight, bias, eps, activation=activation, scale=flat[0], shift=flat[1])
+
+
 def group_norm_forward(self: nn.GroupNorm, input: Tensor) -> Tensor:
     """That of ``nn.GroupNorm``; the parameter's name is PyTorch's."""
-    if plain(input) or not shaped(input) or supported(input, self.weight, self.bias) is not None:
-        return nn.GroupNorm.forward(self, input)
-    return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+    y = None if plain(input) else _grouped(input, self.num_groups, self.weight, self.bias, self.eps, None)
+    return nn.GroupNorm.forward(self, input) if y is None else y
 
 
 # -- norms over the last axis ----------------------------------------------------------------------------------
 
 
-def _rows(x: Any, size: int | None, *parameters: Tensor | None) -> bool:
+def _rows(x: Tensor, size: int | None, *parameters: Tensor | None) -> bool:
     """Whether the kernels take the rows of x, which are of this size unless it is None."""
-    if not isinstance(x, Tensor) or plain(x) or not shaped(x):
+    if not shaped(x):
         return False
     return (size is None or x.shape[-1] == size) and rows_supported(x, *parameters) is None
-
-
-def _eps(norm: Any, x: Tensor) -> float:
-    return runtime.rms_norm_eps(x.dtype, x.device.type) if norm.eps is None else norm.eps
 
 
 class LayerNorm:
@@ -68,12 +85,27 @@ class LayerNorm:
         return tuple(norm.normalized_shape)
 
     @staticmethod
-    def takes(norm: Any, x: Any) -> bool:
-        return _rows(x, norm.normalized_shape[0], norm.weight, norm.bias)
+    def parts(norm: Any) -> Parts:
+        return norm.normalized_shape[0], norm.weight, norm.bias, norm.eps
 
     @staticmethod
-    def run(norm: Any, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        return layer_norm(x, norm.weight, norm.bias, norm.eps, scale=scale, shift=shift)
+    def takes(x: Tensor, size: int | None, weight: Tensor | None, bias: Tensor | None) -> bool:
+        return _rows(x, size, weight, bias)
+
+    @staticmethod
+    def run(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: Any,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        return layer_norm(x, weight, bias, eps, scale=scale, shift=shift)
+
+
+def _eps(eps: float | None, x: Tensor) -> float:
+    return runtime.rms_norm_eps(x.dtype, x.device.type) if eps is None else eps
 
 
 class RMSNorm:
@@ -81,18 +113,23 @@ class RMSNorm:
 
     name = "rms_norm"
     kind: Norm = "rms"
+    shape = LayerNorm.shape
+    takes = LayerNorm.takes
 
     @staticmethod
-    def shape(norm: Any) -> tuple[int, ...]:
-        return tuple(norm.normalized_shape)
+    def parts(norm: Any) -> Parts:
+        return norm.normalized_shape[0], norm.weight, None, norm.eps
 
     @staticmethod
-    def takes(norm: Any, x: Any) -> bool:
-        return _rows(x, norm.normalized_shape[0], norm.weight)
-
-    @staticmethod
-    def run(norm: Any, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        return rms_norm(x, norm.weight, _eps(norm, x), scale=scale, shift=shift)
+    def run(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: None,
+        eps: float | None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        return rms_norm(x, weight, _eps(eps, x), scale=scale, shift=shift)
 
 
 class DiffusersRMSNorm:
@@ -107,19 +144,29 @@ class DiffusersRMSNorm:
         return tuple(norm.dim)
 
     @staticmethod
-    def takes(norm: Any, x: Any) -> bool:
-        weight, bias = norm.weight, getattr(norm, "bias", None)
-        if not _rows(x, None if weight is None else weight.shape[0], weight, bias):
+    def parts(norm: Any) -> Parts:
+        weight = norm.weight
+        return None if weight is None else weight.shape[0], weight, getattr(norm, "bias", None), norm.eps
+
+    @staticmethod
+    def takes(x: Tensor, size: int | None, weight: Tensor | None, bias: Tensor | None) -> bool:
+        if not _rows(x, size, weight, bias):
             return False
         return x.dtype != torch.float64 and all(p is None or p.dtype == x.dtype for p in (weight, bias))
 
     @staticmethod
-    def run(norm: Any, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        bias = getattr(norm, "bias", None)
+    def run(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
         if scale is not None or shift is not None:
             if bias is None:
-                return rms_norm(x, norm.weight, norm.eps, scale=scale, shift=shift)
-            y = DiffusersRMSNorm.run(norm, x)
+                return rms_norm(x, weight, eps, scale=scale, shift=shift)
+            y = DiffusersRMSNorm.run(x, weight, bias, eps)
             y = y if scale is None else y * (1 + scale)
             return y if shift is None else y + shift
         # In the order of the axes in memory, as the module gives it: heads are often a transposed view.
@@ -128,7 +175,7 @@ class DiffusersRMSNorm:
             x = x.transpose(1, 2)
         if bias is not None:  # its gradient is summed over the samples: in float32
             bias = bias.to(runtime.accumulator(x.dtype)).expand(x.shape[0], -1)
-        y = rms_norm(x, norm.weight, norm.eps, shift=bias)
+        y = rms_norm(x, weight, eps, shift=bias)
         return y.transpose(1, 2) if swapped else y
 
 
@@ -158,13 +205,30 @@ def rows_forward(norm: Any, own: Callable[..., Any]) -> Callable[..., Any]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get(parameter)
-        if len(args) + len(kwargs) == 1 and norm.takes(self, x):
-            return norm.run(self, x)
-        return own(self, *args, **kwargs)
+        alone = len(args) + len(kwargs) == 1
+        y = _normed(norm, x, *norm.parts(self)) if alone and isinstance(x, Tensor) and not plain(x) else None
+        return own(self, *args, **kwargs) if y is None else y
 
     forward.__name__ = norm.name
     forward.__dict__["rows"] = norm
     return forward
+
+
+@remembered
+def _normed(
+    rows: Any,
+    x: Tensor,
+    size: int | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: Any,
+    *modulation: Any,
+) -> Tensor | None:
+    """``norm(x) * (1 + scale) + shift``, where the kernel takes it; modulation is empty, (scale,) or (scale, shift)."""
+    vectors = [_vectors(p, x) for p in modulation]
+    if any(p is None for p in vectors) or not rows.takes(x, size, weight, bias):
+        return None
+    return rows.run(x, weight, bias, eps, *vectors) if rows_supported(x, *vectors) is None else None
 
 
 # -- modulation ------------------------------------------------------------------------------------------------
@@ -190,22 +254,19 @@ def _vectors(p: Any, x: Tensor) -> Tensor | None:
 
 
 def _rows_of(norm: Any, x: Any) -> Any | None:
-    """Which norm a module is that was patched and still is as it was, where the kernels take x."""
+    """Which norm a module is that was patched and still is as it was, where x may be for the kernels."""
+    if not isinstance(x, Tensor) or plain(x):
+        return None
     rows = getattr(norm, ROWS, None)
     if rows is None or not getattr(norm, MARK, False) or runtime.hooked(norm) or "forward" in vars(norm):
         return None
-    return rows if rows.takes(norm, x) else None
+    return rows
 
 
-def _run_modulation(norm: Any, x: Any, scale: Any, *shift: Any) -> Tensor | None:
+def _run_modulation(norm: Any, x: Any, *modulation: Any) -> Tensor | None:
     """``norm(x) * (1 + scale) + shift`` by one kernel, where the norm is still one that was patched."""
     rows = _rows_of(norm, x)
-    if rows is None:
-        return None
-    vectors = [_vectors(p, x) for p in (scale, *shift)]
-    if any(p is None for p in vectors) or rows_supported(x, *vectors) is not None:
-        return None
-    return rows.run(norm, x, *vectors)
+    return None if rows is None else _normed(rows, x, *rows.parts(norm), *modulation)
 
 
 def _modulate(y: Any, one: Any, scale: Any, *shift: Any) -> Any:
@@ -238,8 +299,22 @@ def run_modulations(self: nn.Module, norm: str, x: Any, *modulations: tuple[Any,
 def _run_residual(norm: Any, x: Any, a: Any, b: Any, *modulation: Any) -> tuple[Tensor, Tensor] | None:
     """h = x + a * b and its modulated norm by one kernel; one of a and b is the gate, the other of the shape of x."""
     rows = _rows_of(norm, x)
-    bias = getattr(norm, "bias", None)
-    if rows is None or (rows.kind == "rms" and bias is not None):
+    return None if rows is None else _gated(rows, x, a, b, *rows.parts(norm), *modulation)
+
+
+@remembered
+def _gated(
+    rows: Any,
+    x: Tensor,
+    a: Any,
+    b: Any,
+    size: int | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: Any,
+    *modulation: Any,
+) -> tuple[Tensor, Tensor] | None:
+    if (rows.kind == "rms" and bias is not None) or not rows.takes(x, size, weight, bias):
         return None
     vectors = [_vectors(p, x) for p in modulation]
     for gate, branch in ((_vectors(a, x), b), (_vectors(b, x), a)):
@@ -250,7 +325,7 @@ def _run_residual(norm: Any, x: Any, a: Any, b: Any, *modulation: Any) -> tuple[
         if rows_supported(x, branch, gate, *vectors) is None:
             scale, shift = vectors if len(vectors) == 2 else (vectors[0], None)
             return gated_residual_norm(
-                x, branch, gate, norm.weight, bias, _eps(norm, x), scale=scale, shift=shift, norm=rows.kind
+                x, branch, gate, weight, bias, _eps(eps, x), scale=scale, shift=shift, norm=rows.kind
             )
     return None
 
@@ -287,20 +362,21 @@ def activation_of(self: nn.Module, name: str) -> str | None:
     return None
 
 
+@remembered
+def _gated_unit(x: Tensor, kind: str) -> Tensor | None:
+    """``hidden * activation(gate)``, where the kernel takes it."""
+    if not x.ndim or x.shape[-1] % 2 or glu_supported(x) is not None:
+        return None
+    return swiglu(x) if kind == "silu" else geglu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
 def run_gate(self: nn.Module, x: Any, name: str | None, function: str | None) -> Any:
     """``hidden * activation(gate)`` with ``hidden, gate = x.chunk(2, dim=-1)``."""
-    if (
-        isinstance(x, Tensor)
-        and not plain(x)
-        and x.ndim
-        and x.shape[-1] % 2 == 0
-        and gate_supported(x) is None
-    ):
+    if isinstance(x, Tensor) and not plain(x):
         kind = function if name is None else activation_of(self, name)
-        if kind == "silu":
-            return swiglu(x)
-        if kind is not None:
-            return geglu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+        y = None if kind is None else _gated_unit(x, kind)
+        if y is not None:
+            return y
     hidden, gate = x.chunk(2, dim=-1)
     if name is not None:
         return hidden * getattr(self, name)(gate)
@@ -329,20 +405,10 @@ def _is_pair(norm: Any, activation: Any) -> bool:
 
 def _run_pair(norm: Any, activation: Any, x: Any, scale: Any = None, shift: Any = None) -> Any:
     """``activation(norm(x) * (1 + scale) + shift)`` by one kernel, or by the modules themselves."""
-    if isinstance(x, Tensor) and not plain(x) and shaped(x) and _is_pair(norm, activation):
-        flat = [_per_channel(t, x) for t in (scale, shift)]
-        known = all(f is not None or t is None for f, t in zip(flat, (scale, shift), strict=True))
-        if known and supported(x, norm.weight, norm.bias, *flat) is None:
-            return group_norm(
-                x,
-                norm.num_groups,
-                norm.weight,
-                norm.bias,
-                norm.eps,
-                activation="silu",
-                scale=flat[0],
-                shift=flat[1],
-            )
+    if isinstance(x, Tensor) and not plain(x) and _is_pair(norm, activation):
+        y = _grouped(x, norm.num_groups, norm.weight, norm.bias, norm.eps, "silu", scale, shift)
+        if y is not None:
+            return y
     y = norm(x)
     if scale is not None:
         y = y * (1 + scale) + shift

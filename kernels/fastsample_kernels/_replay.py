@@ -1,4 +1,5 @@
-"""An operator's launches, remembered by the form of its arguments and made again without what led to them.
+"""Launches, remembered by the form of an operator's or a function's arguments and made again without what led to
+them.
 
 To lay out tensors, choose tiles and name all arguments of a kernel takes the host several times as long as to launch
 it, and gives the same for the same form: shapes, strides, types, alignment and numbers.
@@ -30,6 +31,7 @@ _HARMLESS = frozenset(
         _aten.permute.default,
         _aten.unsqueeze.default,
         _aten.view.default,
+        _aten._unsafe_view.default,
         _aten.expand.default,
         _aten.detach.default,
     }
@@ -38,17 +40,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Recorder(TorchDispatchMode):
-    """What an operator does: the buffers it allocates, its launches, and whether that is all."""
+    """What a body does: the buffers it allocates, the tensors it copies, its launches, and whether that is all."""
 
     def __init__(self) -> None:
         super().__init__()
         self.buffers: list[Tensor] = []
+        self.copies: list[tuple[Tensor, Any, Tensor]] = []  # of what, in which format, and the copy
         self.launches: list[tuple[Launch, Compiled | None, tuple[Any, ...]]] = []
         self.complete = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.complete = self.complete and func in _HARMLESS
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        if func is _aten.clone.default:  # of strides that a kernel cannot take
+            self.copies.append((args[0], (kwargs or {}).get("memory_format"), made))
+        elif func not in _HARMLESS:
+            self.complete = False
+        return made
 
     def __enter__(self) -> Recorder:
         runtime.recording.recorder = self
@@ -60,38 +67,61 @@ class Recorder(TorchDispatchMode):
 
 
 class _Replay:
-    """The launches with places for tensors, by number: those of the arguments first, then the buffers."""
+    """The launches with places for tensors, by number: those of the arguments first, then the buffers and copies."""
 
-    __slots__ = ("buffers", "launches", "outputs")
+    __slots__ = ("buffers", "copies", "launches", "outputs", "single")
 
-    def __init__(self, buffers: list[Any], launches: list[Any], outputs: tuple[int, ...]) -> None:
-        self.buffers, self.launches, self.outputs = buffers, launches, outputs
+    def __init__(
+        self,
+        buffers: list[Any],
+        copies: list[Any],
+        launches: list[Any],
+        outputs: tuple[int, ...],
+        single: bool,
+    ) -> None:
+        self.buffers, self.copies, self.launches = buffers, copies, launches
+        self.outputs, self.single = outputs, single
 
     def watched(self) -> bool:
         """Whether a kernel has got hooks meanwhile, which Triton runs."""
         return any(kernel.pre_run_hooks for kernel, *_ in self.launches)
 
-    def __call__(self, tensors: list[Tensor], stream: Any) -> tuple[Tensor, ...]:
+    def __call__(self, tensors: list[Tensor], addresses: list[int], stream: Any) -> Any:
         device = tensors[0].device
-        for shape, dtype, strides in self.buffers:
-            tensors.append(runtime.empty(shape, dtype, device, strides))
+        buffers = [runtime.empty(shape, dtype, device, strides) for shape, dtype, strides in self.buffers]
+        buffers += [tensors[number].clone(memory_format=layout) for number, layout in self.copies]
+        # Triton asks a tensor for its address, and the driver whether the device can read it; a number it takes as it
+        # is. That all tensors are on the device is part of the form.
+        addresses += [t.data_ptr() for t in buffers]
         for _, compiled, grid, values, places in self.launches:
             passed = values.copy()
             for place, number in places:
-                passed[place] = tensors[number]
+                passed[place] = addresses[number]
             start(compiled, grid, stream, passed)
-        return tuple([tensors[number] for number in self.outputs])
+        if self.single:
+            return buffers[self.outputs[0]]
+        return tuple([buffers[number] for number in self.outputs])
 
 
-def _replay_of(recorder: Recorder, inputs: Sequence[Tensor], outputs: Any) -> _Replay | None:
+def _replay_of(recorder: Recorder, inputs: Sequence[Tensor], result: Any) -> _Replay | None:
     """None where something else than launches on these tensors was done."""
     device = inputs[0].device
     if not recorder.complete or any(t.device != device for t in (*inputs, *recorder.buffers)):
         return None
+    single = isinstance(result, Tensor)
+    outputs = (result,) if single else result
+    if not isinstance(outputs, tuple):
+        return None
+    copies = []
+    for source, layout, _ in recorder.copies:
+        found = next((i for i, t in enumerate(inputs) if t is source), None)
+        if found is None:
+            return None
+        copies.append((found, layout))
     forms = [(tuple(t.shape), t.dtype, None) for t in recorder.buffers]
     # Inputs that share an address share it in every call of this form.
     numbers: dict[tuple[int, torch.dtype], int] = {}
-    for number, t in enumerate((*inputs, *recorder.buffers)):
+    for number, t in enumerate((*inputs, *recorder.buffers, *(made for *_, made in recorder.copies))):
         if t.numel():
             numbers.setdefault((t.data_ptr(), t.dtype), number)
     returned = []
@@ -119,7 +149,80 @@ def _replay_of(recorder: Recorder, inputs: Sequence[Tensor], outputs: Any) -> _R
                 values[place] = None
                 places.append((place, found))
         launches.append((launch.kernel, compiled, launch.grid_of_three, values, places))
-    return _Replay(forms, launches, tuple(len(inputs) + i for i in returned))
+    return _Replay(forms, copies, launches, tuple(returned), single)
+
+
+class _Memory:
+    """The launches of a body by the form of its arguments.
+
+    Args:
+        body: a function of tensors and of what can be hashed, that returns new tensors, or None to refuse.
+        state: what else its launches depend on.
+    """
+
+    __slots__ = ("body", "known", "state")
+
+    def __init__(self, body: Callable[..., Any], state: Callable[[], Any] | None) -> None:
+        self.body, self.state = body, state
+        self.known: dict[Any, _Replay | None] = {}
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool) -> Any:
+        """The body's result. That of a whole function may have a gradient, or be made without a kernel."""
+        launcher = runtime.launcher()
+        if (
+            launcher is None
+            or not REMEMBERS
+            or runtime.recording.recorder is not None
+            or not launcher.plain()
+        ):
+            return self.body(*args, **kwargs)
+        grad = whole and torch.is_grad_enabled()
+        tensors, form = [], []
+        for a in (*args, *kwargs.values()) if kwargs else args:
+            if type(a) in runtime.PLAIN_TENSORS and not (grad and a.requires_grad):
+                tensors.append(a)
+                form.append((a.shape, a.stride(), a.dtype, a.device))
+            elif isinstance(a, Tensor):
+                return self.body(*args, **kwargs)
+            else:
+                form.append(a)
+        if not tensors or (whole and not runtime.reaches(tensors[0].device)):
+            return self.body(*args, **kwargs)
+        addresses = [t.data_ptr() for t in tensors]
+        driver = launcher.driver.active
+        device = driver.get_current_device()
+        shared = None
+        if len(set(addresses)) < len(addresses):
+            shared = tuple(map(addresses.index, addresses))
+        key = (
+            tuple(form),
+            tuple(kwargs),
+            tuple([a % 16 == 0 for a in addresses]),
+            shared,
+            device,
+            driver,
+            None if self.state is None else self.state(),
+        )
+        try:
+            replay = self.known[key]
+        except KeyError:
+            return self._met(key, tensors, device, args, kwargs)
+        except TypeError:  # an argument that cannot be hashed
+            return self.body(*args, **kwargs)
+        if replay is None or replay.watched():
+            return self.body(*args, **kwargs)
+        return replay(tensors, addresses, driver.get_current_stream(device))
+
+    def _met(self, key: Any, tensors: list[Tensor], device: int, args: Any, kwargs: Any) -> Any:
+        """The result for a form that is new."""
+        if len(self.known) >= _CAPACITY:
+            self.known.clear()
+        with Recorder() as recorder:
+            result = self.body(*args, **kwargs)
+        index = tensors[0].device.index
+        here = index is None or index == device
+        self.known[key] = _replay_of(recorder, tensors, result) if here else None
+        return result
 
 
 def replayed(state: Callable[[], Any] | None = None) -> Callable[[F], F]:
@@ -131,52 +234,27 @@ def replayed(state: Callable[[], Any] | None = None) -> Callable[[F], F]:
     """
 
     def decorate(body: F) -> F:
-        known: dict[Any, _Replay | None] = {}
+        memory = _Memory(body, state)
 
         @functools.wraps(body)
         def call(*args: Any) -> Any:
-            launcher = runtime.launcher()
-            if launcher is None or not REMEMBERS or not launcher.plain():
-                return body(*args)
-            tensors, form = [], []
-            for a in args:
-                if type(a) in runtime.PLAIN_TENSORS:
-                    tensors.append(a)
-                    form.append((a.shape, a.stride(), a.dtype))
-                elif isinstance(a, Tensor):
-                    return body(*args)
-                else:
-                    form.append(a)
-            addresses = [t.data_ptr() for t in tensors]
-            driver = launcher.driver.active
-            device = driver.get_current_device()
-            shared = None
-            if len(set(addresses)) < len(addresses):
-                shared = tuple(map(addresses.index, addresses))
-            key = (
-                tuple(form),
-                tuple([a % 16 == 0 for a in addresses]),
-                shared,
-                tensors[0].device,
-                device,
-                driver,
-                None if state is None else state(),
-            )
-            try:
-                replay = known[key]
-            except KeyError:
-                if len(known) >= _CAPACITY:
-                    known.clear()
-                with Recorder() as recorder:
-                    outputs = body(*args)
-                index = tensors[0].device.index
-                here = index is None or index == device
-                known[key] = _replay_of(recorder, tensors, outputs) if here else None
-                return outputs
-            if replay is None or replay.watched():
-                return body(*args)
-            return replay(tensors, driver.get_current_stream(device))
+            return memory(args, {}, False)
 
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def remembered(function: F) -> F:
+    """The same for a function that calls operators, whose arguments need not be looked at again then: what it refuses,
+    chooses and returns depends on their form alone. Where more than its result matters, gradients say, it runs itself.
+    """
+    memory = _Memory(function, None)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if runtime.watched() or runtime.transformed():
+            return function(*args, **kwargs)
+        return memory(args, kwargs, True)
+
+    return call  # type: ignore[return-value]

@@ -77,6 +77,11 @@ def why_not(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def reaches(device: torch.device) -> bool:
+    """Whether Triton can run on a device."""
+    return device.type == "cuda" or _why_not_device(device.type, device.index or 0) is None
+
+
 def check_devices(name: str, tensor: Tensor, others: Mapping[str, Tensor | None]) -> None:
     """Refuse tensors on another device than ``tensor``, whose pointers a kernel would misread.
 
@@ -377,7 +382,7 @@ def differentiable(
     def call(*args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return function.apply(*args)
-        return operator._init_fn(*args) if _unwatched(args) else operator(*args)
+        return operator(*args) if watched() or not _only_result(args) else operator._init_fn(*args)
 
     return call
 
@@ -385,12 +390,22 @@ def differentiable(
 PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
-def _unwatched(args: tuple[Any, ...]) -> bool:
-    """Whether nothing but the result of an operator matters: no gradient, compiler, mode or subclass. Half of the time
-    to launch a kernel goes through the dispatcher, which these need.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
+def watched() -> bool:
+    """Whether a compiler, a tracer or a mode needs to see operators. Half of the time to launch a kernel goes through
+    the dispatcher, which these need."""
+    if torch.compiler.is_compiling():
+        return True
+    own = recording.recorder is not None
+    return torch._C._len_torch_dispatch_stack() > own or torch._C._get_tracing_state() is not None
+
+
+def transformed() -> bool:
+    """Whether a function transform or a forward-mode derivative is under way."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _only_result(args: tuple[Any, ...]) -> bool:
+    """Whether nothing but the result of an operator matters: no gradient and no subclass."""
     grad = torch.is_grad_enabled()
     return all(
         type(a) in PLAIN_TENSORS and not (grad and a.requires_grad)

@@ -320,7 +320,7 @@ def _forward(
     q, k, v = _unit_columns(q, k, v)
     if scale < 0:  # the kernel takes the scale out of the maximum
         q, scale = -q, -scale
-    if _why_not_cudnn(q, k, v, bias, is_causal) is None:
+    if _why_not_cudnn(q, k, v, bias, is_causal, scale) is None:
         return _cudnn_forward(q, k, v, is_causal, scale)
     o, lse = _empty_like(q), _empty_sums(q, bias)
     with runtime.on_device(q):
@@ -330,13 +330,17 @@ def _forward(
     return o, lse
 
 
-def _why_not_cudnn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool) -> str | None:
+def _why_not_cudnn(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float | None
+) -> str | None:
     """Why the forward pass is our kernel's and not cuDNN's; None where that is at hand and was measured to be faster
     (benchmarks/results/kernels-h200.md)."""
     if not q.is_cuda:
         return "not on a GPU"
     if bias is not None:
         return "there is a bias"
+    if scale == 0:
+        return "scale=0, for which cuDNN gives NaN"
     if _capability(q.device)[0] != 9:
         return "measured on compute capability 9.0 only"
     return runtime.why_not_cudnn_attention(q, k, v, is_causal)
@@ -622,6 +626,6 @@ def _explain(
     first, second = split_head_dim(q.shape[3])
     passes: tuple[Pass, ...] = ("forward", "tangent", "dq", "dkdv")
     chosen = ", ".join(f"{which} {_tiles(which, q, k, bias)}" for which in passes)
-    if _why_not_cudnn(q, k, v, bias, is_causal) is None:
+    if _why_not_cudnn(q, k, v, bias, is_causal, scale) is None:
         chosen += "; the forward pass is cuDNN's, which is faster there"
     return runtime.Answer("attention", None, f"head dim {q.shape[3]} as {first} + {second}, {chosen}")

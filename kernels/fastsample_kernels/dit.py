@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _runtime as runtime
-from ._replay import replayed
+from ._replay import remembered, replayed
 
 Activation = Literal["gelu", "gelu_tanh", "silu"]
 Norm = Literal["layer", "rms"]
@@ -565,6 +565,7 @@ def _norm_call(
     return h if branch is None else h.reshape(shape), y.reshape(shape)
 
 
+@remembered
 def layer_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -598,6 +599,7 @@ def layer_norm(
     return _norm_call(x, None, None, weight, bias, scale, shift, eps, "layer")[1]
 
 
+@remembered
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -616,6 +618,7 @@ def rms_norm(
     return _norm_call(x, None, None, weight, None, scale, shift, eps, "rms")[1]
 
 
+@remembered
 def gated_residual_norm(
     x: Tensor,
     branch: Tensor,
@@ -682,6 +685,7 @@ def _why_not_rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None) ->
     return reason
 
 
+@remembered
 def norm_rope(
     x: Tensor,
     cos: Tensor,
@@ -747,19 +751,21 @@ def _check_glu(x: Tensor, approximate: str = "none") -> None:
 
 
 def _glu_call(x: Tensor, activation: Activation) -> Tensor:
-    if _why_not_glu(x) is not None:
+    if glu_supported(x) is not None:
         return reference_glu(x, activation)
     y = _call_glu(x.reshape(-1, x.shape[-1]), activation)[0]
     return y.reshape(*x.shape[:-1], -1)
 
 
-def _why_not_glu(x: Tensor) -> str | None:
+def glu_supported(x: Tensor) -> str | None:
+    """Why the kernels cannot take a gated linear unit of ``x``; None when they can."""
     reason = runtime.why_not(x)
     if reason is None and runtime.unpack_duals([x])[1] is not None:
         return "forward-mode tangents run in plain torch"
     return reason
 
 
+@remembered
 def geglu(x: Tensor, *, approximate: Literal["none", "tanh"] = "none") -> Tensor:
     """``hidden * gelu(gate)`` with ``hidden, gate = x.chunk(2, -1)`` (Shazeer 2020, "GLU variants").
 
@@ -780,6 +786,7 @@ def geglu(x: Tensor, *, approximate: Literal["none", "tanh"] = "none") -> Tensor
     return _glu_call(x, "gelu_tanh" if approximate == "tanh" else "gelu")
 
 
+@remembered
 def swiglu(x: Tensor) -> Tensor:
     """``hidden * silu(gate)`` with ``hidden, gate = x.chunk(2, -1)``; otherwise as :func:`geglu`."""
     _check_glu(x)
@@ -845,10 +852,10 @@ def _explain_qk_norm_rope(
 @runtime.explains("geglu")
 def _explain_geglu(x: Tensor, *, approximate: str = "none") -> runtime.Answer:
     _check_glu(x, approximate)
-    return _said("geglu", _why_not_glu(x), glu_tiles(x.shape[-1] // 2))
+    return _said("geglu", glu_supported(x), glu_tiles(x.shape[-1] // 2))
 
 
 @runtime.explains("swiglu")
 def _explain_swiglu(x: Tensor) -> runtime.Answer:
     _check_glu(x)
-    return _said("swiglu", _why_not_glu(x), glu_tiles(x.shape[-1] // 2))
+    return _said("swiglu", glu_supported(x), glu_tiles(x.shape[-1] // 2))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import _runtime as runtime
 from ._launch import Launch
-from ._replay import replayed
+from ._replay import remembered, replayed
 
 ACTIVATIONS = (None, "silu")
 
@@ -566,6 +566,7 @@ def supported(x: Tensor, *others: Tensor | None) -> str | None:
     return runtime.why_not(x, *others)
 
 
+@remembered
 def group_norm(
     x: Tensor,
     num_groups: int,

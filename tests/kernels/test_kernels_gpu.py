@@ -234,8 +234,14 @@ def test_patched_models(name):
     assert report.runs_here is None
     after, again = models.gradients(model, lambda m: _cuda_call(call, m))
     torch.testing.assert_close(after, before, rtol=2e-2, atol=2e-2)
+    largest = max(a.norm() for a in gradients)
     for a, b in zip(gradients, again, strict=True):
-        assert (a - b).norm() <= 2e-2 * max(1e-3, a.norm())
+        if (
+            a.norm() <= 1e-6 * largest
+        ):  # zero: softmax does not see the bias of keys; products are rounded to TF32
+            assert b.norm() <= 1e-5 * largest
+        else:
+            assert (a - b).norm() <= 2e-2 * max(1e-3, a.norm())
 
     run = torch.compile(model, fullgraph=False)
     torch.testing.assert_close(_cuda_call(call, run), after, rtol=2e-2, atol=2e-2)
@@ -291,4 +297,10 @@ def test_sampler_with_kernels(solver):
     plain = sampler(**call)
     fused = sampler(kernels=True, **call)
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
-    assert torch.equal(sampler(kernels=True, graph=True, **call), fused)
+    replayed = sampler(kernels=True, graph=True, **call)
+    if (
+        sampler.plan.stochastic
+    ):  # before a graph runs, by PyTorch, whose logarithms and cosines end in other bits
+        torch.testing.assert_close(replayed, fused, rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(replayed, fused)

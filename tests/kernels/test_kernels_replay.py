@@ -1,5 +1,6 @@
 """Operators make their launches again from memory, and must make those that they would; for a GPU, but run on none."""
 
+import ctypes
 import gc
 import importlib
 import itertools
@@ -9,6 +10,7 @@ import weakref
 import pytest
 import torch
 from test_kernels_launch import gpu  # noqa: F401
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastsample_kernels as fk
 from fastsample_kernels import _replay
@@ -25,6 +27,8 @@ def tensor(*shape, dtype=BF16, kind="plain"):
         return torch.randn(shape).to(dtype)
     if kind == "offset":  # not at an address that is a multiple of 16
         return torch.randn(torch.Size(shape).numel() + 1).to(dtype)[1:].view(shape)
+    if kind == "copied":  # no kernel takes such strides
+        return torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2]
     if kind == "sliced":
         return torch.randn(2 * shape[0], *shape[1:]).to(dtype)[::2]
     last = (0, *range(2, len(shape)), 1)
@@ -105,7 +109,7 @@ class Called:
         inputs = [a for a in args if isinstance(a, torch.Tensor)]
         names = {}
         for i, a in enumerate(inputs):
-            names.setdefault((a.data_ptr(), a.dtype), f"argument {i}")
+            names.setdefault(a.data_ptr(), f"argument {i}")
         before = len(driver.calls)
         outputs = body(*args)
         self.launches = [
@@ -117,7 +121,9 @@ class Called:
         if isinstance(value, torch.Tensor):
             if not value.numel():
                 return "nothing"
-            return names.setdefault((value.data_ptr(), value.dtype), f"buffer {len(names)}")
+            value = value.data_ptr()
+        if isinstance(value, int) and value > 2**40:  # an address, which Triton takes as well as a tensor
+            return names.setdefault(value, f"buffer {len(names)}")
         return f"{type(value).__name__} {value!r}"
 
     def __eq__(self, other):
@@ -126,7 +132,8 @@ class Called:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_what_is_made_again_is_what_would_be_made(gpu, operator):  # noqa: F811
-    forms = list(itertools.product((BF16, F32), ("plain", "offset", "sliced", "last"), range(4)))
+    kinds = ("plain", "offset", "sliced", "last", "copied")
+    forms = list(itertools.product((BF16, F32), kinds, range(4)))
     for form in 2 * forms:  # the second time each is known, as are the others
         body, args = operator(random.Random(str(form)), *form[:2])
         run = body._init_fn
@@ -158,6 +165,73 @@ def test_a_form_is_remembered(gpu, operator, replays):  # noqa: F811
         assert len(replays) == i
 
 
+def functions(rng):
+    """Calls of the functions that remember, as users write them."""
+    dtype, kind = rng.choice((BF16, F32)), rng.choice(("plain", "offset", "sliced", "last", "copied"))
+    x, rows = tensor(2, 64, 8, 16, dtype=dtype, kind=kind), tensor(2, 40, 64, dtype=dtype, kind=kind)
+    channels, samples = tensor(64, dtype=dtype), tensor(2, 64, dtype=dtype)
+    tokens, angles = tensor(2, 40, 64, dtype=dtype), tensor(40, 64, dtype=F32)
+    heads = tensor(2, 3, 40, 64, dtype=dtype, kind="plain" if kind == "last" else kind)
+    p, m = rng.choice((None, channels)), rng.choice((None, samples, tokens, samples[:, None]))
+    scale = rng.choice((None, samples))
+    residual = rng.choice((None, x, tensor(2, 64, 8, 16, dtype=rng.choice((BF16, F32)))))
+    activation, interleaved = rng.choice((None, "silu")), rng.random() < 0.5
+    return [
+        (fk.group_norm, (x, 8, p), {"activation": activation, "scale": scale, "residual": residual}),
+        (fk.layer_norm, (rows, p, p), {"scale": m, "shift": m}),
+        (fk.rms_norm, (rows,), {"weight": p, "shift": m}),
+        (fk.gated_residual_norm, (rows, tokens, m), {"scale": m, "norm": "rms"}),
+        (fk.norm_rope, (heads, angles, angles, p), {"interleaved": interleaved}),
+        (fk.geglu, (rows,), {"approximate": "tanh"}),
+        (fk.swiglu, (rows,), {}),
+    ]
+
+
+@pytest.mark.quick
+def test_functions_make_again_what_they_would_make(gpu, replays, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(runtime, "_why_not_device", lambda *args: None)
+    for form in 2 * list(range(12)):
+        for function, args, kwargs in functions(random.Random(form)):
+            every = [*args, *kwargs.values()]
+
+            def call(*given, function=function, count=len(args), names=tuple(kwargs)):
+                result = function(*given[:count], **dict(zip(names, given[count:], strict=True)))
+                return (result,) if isinstance(result, torch.Tensor) else result
+
+            with monkeypatch.context() as patch:
+                patch.setattr(_replay, "REMEMBERS", False)
+                expected = Called(gpu, call, every)
+            assert expected.launches
+            assert Called(gpu, call, every) == expected
+    assert len(replays) > 7 * 12 * 0.9  # but for those that change types
+
+
+@pytest.mark.quick
+def test_functions_run_themselves_where_more_than_their_result_matters(gpu, replays, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(runtime, "_why_not_device", lambda *args: None)
+    x = tensor(2, 24, 64, dtype=F32)
+    for _ in range(2):
+        plain = fk.layer_norm(x)
+    assert len(replays) == 1
+    replays.clear()
+    assert fk.layer_norm(x.clone().requires_grad_()).requires_grad
+    assert torch.func.vmap(fk.layer_norm)(torch.stack([x, x])).shape == (2, *x.shape)
+    assert torch.func.jvp(fk.layer_norm, (x,), (x,))[1].shape == x.shape
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        assert torch.autograd.forward_ad.unpack_dual(fk.layer_norm(dual)).tangent is not None
+    traced = torch.jit.trace(lambda x: fk.layer_norm(x) + 0, (x,), check_trace=False)
+    assert "fastsample_kernels::norm" in str(traced.graph)
+    traced = make_fx(lambda x: fk.layer_norm(x))(x)
+    assert "fastsample_kernels.norm" in traced.code
+    compiled = torch.compile(fk.layer_norm, fullgraph=True, backend="eager")
+    assert compiled(x).shape == plain.shape
+    assert fk.layer_norm(x, eps=torch.tensor(1e-5).item()).shape == x.shape
+    with pytest.raises(ValueError, match="weight has shape"):
+        fk.layer_norm(x, x)
+    assert not [r for r in replays if r.single]  # the operator's own are of a tuple
+
+
 def test_through_the_functions(gpu, replays, monkeypatch):  # noqa: F811
     monkeypatch.setattr(runtime, "_why_not_device", lambda *args: None)
     for _ in range(2):
@@ -165,17 +239,31 @@ def test_through_the_functions(gpu, replays, monkeypatch):  # noqa: F811
         with torch.no_grad():
             fk.group_norm(x, 3, activation="silu")
         fk.group_norm(x.requires_grad_(), 3, activation="silu")[0].sum().backward()
-    assert len(replays) == 4  # of three forwards and one backward
+    assert len(replays) == 3  # of the function, and of the operator's forward and backward
 
 
 @pytest.mark.quick
 def test_what_does_more_than_launch_is_not_made_again(gpu, replays):  # noqa: F811
-    x = tensor(2, 64, 8, 8).transpose(2, 3)[:, :, ::2]  # copied first
     q = tensor(2, 3, 64, 40)
     for _ in range(2):
-        norms._forward._init_fn(x, None, None, None, None, None, 8, 1e-5, False)
         attention._forward._init_fn(q, q, q, None, False, -0.1)  # -q
     assert not replays
+
+
+@pytest.mark.quick
+def test_what_was_copied_is_copied_again(gpu, replays, monkeypatch):  # noqa: F811
+    read = []
+
+    def start(compiled, grid, stream, passed):
+        address = next(value for value in passed if isinstance(value, int) and value > 2**40)
+        read.append(ctypes.string_at(address, 2 * x.numel()))
+
+    monkeypatch.setattr(_replay, "start", start)
+    for i in range(3):
+        x = tensor(2, 64, 8, 24, kind="copied")
+        norms._forward._init_fn(x, None, None, None, None, None, 8, 1e-5, False)
+        assert len(replays) == i
+    assert read[-1] == x.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.quick
