@@ -168,13 +168,7 @@ class _Memory:
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool) -> Any:
         """The body's result. That of a whole function may have a gradient, or be made without a kernel."""
-        launcher = runtime.launcher()
-        if (
-            launcher is None
-            or not REMEMBERS
-            or runtime.recording.recorder is not None
-            or not launcher.plain()
-        ):
+        if not REMEMBERS or runtime.recording.recorder is not None:
             return self.body(*args, **kwargs)
         grad = whole and torch.is_grad_enabled()
         tensors, form = [], []
@@ -187,6 +181,9 @@ class _Memory:
             else:
                 form.append(a)
         if not tensors or (whole and not runtime.reaches(tensors[0].device)):
+            return self.body(*args, **kwargs)
+        launcher = runtime.launcher()  # which imports Triton
+        if launcher is None or not launcher.plain():
             return self.body(*args, **kwargs)
         addresses = [t.data_ptr() for t in tensors]
         driver = launcher.driver.active

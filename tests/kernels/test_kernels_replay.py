@@ -194,8 +194,9 @@ def test_functions_make_again_what_they_would_make(gpu, replays, monkeypatch):  
         for function, args, kwargs in functions(random.Random(form)):
             every = [*args, *kwargs.values()]
 
-            def call(*given, function=function, count=len(args), names=tuple(kwargs)):
-                result = function(*given[:count], **dict(zip(names, given[count:], strict=True)))
+            def call(*given, function=function, names=tuple(kwargs)):
+                named = len(given) - len(names)
+                result = function(*given[:named], **dict(zip(names, given[named:], strict=True)))
                 return (result,) if isinstance(result, torch.Tensor) else result
 
             with monkeypatch.context() as patch:
