@@ -33,7 +33,6 @@ from fastsample.metrics import FrechetReference, memorisation, to_uint8
 from fastsample.zoo import MODELS
 
 SOLUTION = 60  # steps of auto after which nothing changes
-NEIGHBOURS = 1500  # samples whose nearest images are looked for
 TEACHERS = [("auto", k) for k in (1, 4, 5, 8, 16, 35)] + [("unipc", k) for k in (1, 4, 5, 8, 16, 35)]
 
 
@@ -68,17 +67,17 @@ def to_the_solution(denoiser: fs.Denoiser, evaluation: Evaluation) -> Evaluation
 class Nearest:
     """How much nearer a student's samples are to training images than to others."""
 
-    def __init__(self, teacher: str, evaluation: Evaluation) -> None:
-        entry, self.evaluation = MODELS[teacher], evaluation
+    def __init__(self, teacher: str, evaluation: Evaluation, count: int) -> None:
+        entry, self.evaluation, self.count = MODELS[teacher], evaluation, count
         assert entry.heldout is not None
-        sources = (load_images(s, evaluation.data.shape).source for s in (entry.train, entry.heldout))
-        self.train, self.heldout = (s for s in sources if isinstance(s, torch.Tensor))
+        sets = (load_images(s, evaluation.data.shape) for s in (entry.train, entry.heldout))
+        self.train, self.heldout = (torch.cat(list(images.batches(10_000))) for images in sets)
 
     def ratio(self, student: Student, steps: int) -> float:
         """The distance to the nearest training image over that to the nearest held-out one."""
-        index = torch.arange(NEIGHBOURS)
+        index = torch.arange(self.count)
         conditions = self.evaluation.data.conditions(index, self.evaluation.device, 3)
-        shape = (NEIGHBOURS, *self.evaluation.data.shape)
+        shape = (self.count, *self.evaluation.data.shape)
         x = student.sampler(steps)(shape=shape, seed=3, index=index, **conditions)
         return memorisation(to_uint8(x).cpu(), self.train, self.heldout).ratio
 
@@ -135,6 +134,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--samples", type=int, default=10_000, help="of each distance in the table")
+    parser.add_argument("--neighbours", type=int, default=1500, help="samples whose nearest images are sought")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/distilled"))
@@ -171,7 +171,7 @@ def main() -> None:
         denoiser = fs.zoo.load(args.teacher)
         denoiser.net.to(device)
         evaluation = Evaluation(entry.metric, args.samples, as_data(entry.data).near(device), device)
-        nearest = Nearest(args.teacher, evaluation)
+        nearest = Nearest(args.teacher, evaluation, args.neighbours)
         text = [
             f"# Students of the network `{args.teacher}`",
             "",
