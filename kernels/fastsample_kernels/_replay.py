@@ -89,7 +89,10 @@ class _Replay:
     def __call__(self, tensors: list[Tensor], addresses: list[int], stream: Any) -> Any:
         device = tensors[0].device
         buffers = [runtime.empty(shape, dtype, device, strides) for shape, dtype, strides in self.buffers]
-        buffers += [tensors[number].clone(memory_format=layout) for number, layout in self.copies]
+        buffers += [
+            tensors[number].as_strided(shape, strides).clone(memory_format=layout)
+            for number, shape, strides, layout in self.copies
+        ]
         # Triton asks a tensor for its address, and the driver whether the device can read it; a number it takes as it
         # is. That all tensors are on the device is part of the form.
         addresses += [t.data_ptr() for t in buffers]
@@ -114,10 +117,10 @@ def _replay_of(recorder: Recorder, inputs: Sequence[Tensor], result: Any) -> _Re
         return None
     copies = []
     for source, layout, _ in recorder.copies:
-        found = next((i for i, t in enumerate(inputs) if t is source), None)
-        if found is None:
+        found = [i for i, t in enumerate(inputs) if (t.data_ptr(), t.dtype) == (source.data_ptr(), source.dtype)]
+        if not found:
             return None
-        copies.append((found, layout))
+        copies.append((found[0], tuple(source.shape), source.stride(), layout))
     forms = [(tuple(t.shape), t.dtype, None) for t in recorder.buffers]
     # Inputs that share an address share it in every call of this form.
     numbers: dict[tuple[int, torch.dtype], int] = {}
