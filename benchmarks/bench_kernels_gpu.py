@@ -425,15 +425,15 @@ def attention(place: Place) -> Iterator[Case]:
             yield Case(
                 f"backward {where}", gradient(fk.attention, given), peers, flops=2.5 * flops, goal=goal
             )
-        tangents = tuple(torch.randn_like(t) for t in (q, k, v))
+            tangents = tuple(torch.randn_like(t) for t in given)
 
-        def along(function: Any, given: Any = (q, k, v), tangents: Any = tangents) -> Call:
-            return lambda: torch.func.jvp(function, given, tangents)
+            def along(function: Any, given: Any = tuple(given), tangents: Any = tangents) -> Call:
+                return lambda: torch.func.jvp(function, given, tangents)
 
-        yield Case(
-            f"value and JVP {where}", along(fk.attention), {"eager": along(softmax.reference)}, flops=3 * flops,
-            goal=("tflops", 300) if dim == 128 else None,
-        )  # fmt: skip
+            yield Case(
+                f"value and JVP {where}", along(fk.attention), {"eager": along(softmax.reference)}, flops=3 * flops,
+                goal=("tflops", 300) if dim == 128 and own else None,
+            )  # fmt: skip
 
 
 def update(place: Place) -> Iterator[Case]:

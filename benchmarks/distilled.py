@@ -134,7 +134,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--samples", type=int, default=10_000, help="of each distance in the table")
-    parser.add_argument("--neighbours", type=int, default=1500, help="samples whose nearest images are sought")
+    parser.add_argument(
+        "--neighbours", type=int, default=1500, help="samples whose nearest images are sought"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/distilled"))

@@ -117,10 +117,10 @@ def _replay_of(recorder: Recorder, inputs: Sequence[Tensor], result: Any) -> _Re
         return None
     copies = []
     for source, layout, _ in recorder.copies:
-        found = [i for i, t in enumerate(inputs) if (t.data_ptr(), t.dtype) == (source.data_ptr(), source.dtype)]
-        if not found:
+        of = [i for i, t in enumerate(inputs) if (t.data_ptr(), t.dtype) == (source.data_ptr(), source.dtype)]
+        if not of:
             return None
-        copies.append((found[0], tuple(source.shape), source.stride(), layout))
+        copies.append((of[0], tuple(source.shape), source.stride(), layout))
     forms = [(tuple(t.shape), t.dtype, None) for t in recorder.buffers]
     # Inputs that share an address share it in every call of this form.
     numbers: dict[tuple[int, torch.dtype], int] = {}
