@@ -21,6 +21,7 @@ from ._launch import Compiled, Launch, start
 REMEMBERS = True
 """False builds every call anew, to compare."""
 _CAPACITY = 4096  # forms of one operator
+_NEW: Any = object()
 _aten: Any = torch.ops.aten
 # What allocates, or makes another tensor of the same memory: no work of a device's.
 _HARMLESS = frozenset(
@@ -204,11 +205,11 @@ class _Memory:
             None if self.state is None else self.state(),
         )
         try:
-            replay = self.known[key]
-        except KeyError:
-            return self._met(key, tensors, device, args, kwargs)
+            replay = self.known.get(key, _NEW)
         except TypeError:  # an argument that cannot be hashed
             return self.body(*args, **kwargs)
+        if replay is _NEW:
+            return self._met(key, tensors, device, args, kwargs)
         if replay is None or replay.watched():
             return self.body(*args, **kwargs)
         return replay(tensors, addresses, driver.get_current_stream(device))

@@ -208,6 +208,7 @@ def test_functions_make_again_what_they_would_make(gpu, replays, monkeypatch):  
 
 
 @pytest.mark.quick
+@pytest.mark.filterwarnings("ignore:.*jit.*:FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_functions_run_themselves_where_more_than_their_result_matters(gpu, replays, monkeypatch):  # noqa: F811
     monkeypatch.setattr(runtime, "_why_not_device", lambda *args: None)
     x = tensor(2, 24, 64, dtype=F32)
@@ -228,8 +229,11 @@ def test_functions_run_themselves_where_more_than_their_result_matters(gpu, repl
     compiled = torch.compile(fk.layer_norm, fullgraph=True, backend="eager")
     assert compiled(x).shape == plain.shape
     assert fk.layer_norm(x, eps=torch.tensor(1e-5).item()).shape == x.shape
-    with pytest.raises(ValueError, match="weight has shape"):
+    with pytest.raises(ValueError, match="weight has shape") as error:
         fk.layer_norm(x, x)
+    assert error.value.__context__ is None  # no word of what is remembered
+    with pytest.raises(TypeError):
+        fk.layer_norm(x, eps=[])
     assert not [r for r in replays if r.single]  # the operator's own are of a tuple
 
 
