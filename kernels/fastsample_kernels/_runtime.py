@@ -382,7 +382,7 @@ def differentiable(
     def call(*args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return function.apply(*args)
-        return operator(*args) if watched() or not _only_result(args) else operator._init_fn(*args)
+        return operator(*args) if watched() or not only_result(args) else operator._init_fn(*args)
 
     return call
 
@@ -404,8 +404,8 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def _only_result(args: tuple[Any, ...]) -> bool:
-    """Whether nothing but the result of an operator matters: no gradient and no subclass."""
+def only_result(args: tuple[Any, ...]) -> bool:
+    """Whether nothing but the result for these arguments matters: no gradient and no subclass."""
     grad = torch.is_grad_enabled()
     return all(
         type(a) in PLAIN_TENSORS and not (grad and a.requires_grad)

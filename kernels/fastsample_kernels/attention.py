@@ -347,10 +347,15 @@ def _why_not_cudnn(
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
-    out, lse, *_ = attend(q, k, v, None, True, 0.0, is_causal, scale=scale)
+    out, lse = _cudnn(q, k, v, is_causal, scale, True)
     o = _empty_like(q)
     return out if out.stride() == o.stride() else o.copy_(out), lse.reshape(q.shape[:3]) * _LOG2E
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, sums: bool) -> Any:
+    """Its output, and the logarithms of its sums where they are wanted, which takes it longer."""
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    return attend(q, k, v, None, sums, 0.0, is_causal, scale=scale)[:2]
 
 
 @torch.library.custom_op("fastsample_kernels::attention_tangent", mutates_args=())
@@ -600,6 +605,14 @@ def attention(
         bias = bias[(None,) * (4 - bias.dim())]
         if torch._C._are_functorch_transforms_active():  # vmap folds into the batch
             bias = bias.expand(q.shape[0], *bias.shape[1:])
+    alone = (
+        scale > 0
+        and not runtime.watched()
+        and not runtime.transformed()
+        and runtime.only_result((q, k, v, bias))
+    )
+    if alone and _why_not_cudnn(q, k, v, bias, is_causal, scale) is None:
+        return _cudnn(q, k, v, is_causal, scale, False)[0]
     primals, tangents = runtime.unpack_duals((q, k, v, bias))
     o, lse = _call_forward(*primals, is_causal, scale)
     if tangents is None:

@@ -596,3 +596,34 @@ def test_bad_input(change, message):
     tensors = {"q": torch.zeros(1, 1, 4, 8), "k": torch.zeros(1, 1, 5, 8), "v": torch.zeros(1, 1, 5, 8)}
     with pytest.raises(ValueError, match=message):
         attention(**(tensors | change))
+
+
+@pytest.mark.quick
+def test_cudnn_is_asked_for_sums_only_where_they_are_needed(monkeypatch):
+    asked = []
+
+    def cudnn(q, k, v, is_causal, scale, sums):  # in its place: there is no GPU here
+        asked.append(sums)
+        s = q @ k.transpose(-1, -2) * scale
+        return s.softmax(-1) @ v, torch.logsumexp(s, -1)
+
+    monkeypatch.setattr(module, "_cudnn", cudnn)
+    own = module._why_not_cudnn
+    monkeypatch.setattr(
+        module,
+        "_why_not_cudnn",
+        lambda q, *rest: own(q, *rest) if rest[2] is not None or rest[4] == 0 else None,
+    )
+    tensors = inputs(2, 3, 5, 7, 8)
+    wanted = reference(**tensors)
+    torch.testing.assert_close(attention(**tensors), wanted)
+    assert asked == [False]
+    got = run(attention, tensors, torch.ones_like(wanted))
+    plain = run(reference, tensors, torch.ones_like(wanted))
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, plain[name])
+    torch.func.jvp(attention, tuple(tensors.values()), tuple(tensors.values()))
+    torch.testing.assert_close(attention(**tensors, scale=-0.3), reference(**tensors, scale=-0.3))
+    assert asked == [False, True, True, True]
+    assert attention(**tensors, scale=0.0).isfinite().all()  # by our kernel: cuDNN gives NaN
+    assert len(asked) == 4
