@@ -86,8 +86,8 @@ def student_rows(out: Path, metric: str, own: Evaluation, nearest: Nearest) -> l
     """The rows of all students that are finished, by method, number and size of updates, and where they were made."""
     lines = [
         "| method | updates | of images | seeds | 1 step | 2 steps | 4 steps | 1 step, to the teacher's solution "
-        "| training images over others, 1 / 2 / 4 steps | minutes | on |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| training images over others, 1 / 2 / 4 steps | minutes | peak MB | on |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[int, int, int, str], list[Path]] = {}
     order = list(distill.METHODS)
@@ -112,8 +112,11 @@ def student_rows(out: Path, metric: str, own: Evaluation, nearest: Nearest) -> l
             " / ".join(f"{statistics.fmean(nearest.ratio(s, k) for s in students):.2f}" for k in steps)
         )
         minutes = statistics.median(float((f / "minutes.txt").read_text()) for f in folders)
+        known = [float(file.read_text()) for f in folders if (file := f / "memory.txt").exists()]
+        memory = f"{statistics.median(known):.0f}" if known else ""
         lines.append(
-            f"| `{order[place]}` | {updates} | {size} | {len(folders)} | {' | '.join(cells)} | {minutes:.1f} | {made} |"
+            f"| `{order[place]}` | {updates} | {size} | {len(folders)} | {' | '.join(cells)} | {minutes:.1f} "
+            f"| {memory} | {made} |"
         )
     return lines
 
@@ -122,6 +125,13 @@ def _mean(values: list[float], errors: list[float]) -> str:
     """The mean over seeds and its standard error."""
     error = math.sqrt(sum(e**2 for e in errors)) / len(errors)
     return f"{statistics.fmean(values):.3f} ± {error:.3f}"
+
+
+def peak_memory(device: torch.device) -> float:
+    """In MB: the GPU's that tensors took, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
@@ -167,7 +177,8 @@ def main() -> None:
             minutes = (time.perf_counter() - started) / 60
             (folder / "minutes.txt").write_text(f"{minutes:.2f}")
             (folder / "machine.txt").write_text(device_name(device))
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            peak = peak_memory(device)
+            (folder / "memory.txt").write_text(f"{peak:.0f}")
             print(name, seed, student.measured, f"{minutes:.1f} min", f"peak {peak:.0f} MB", flush=True)
     if args.table:
         denoiser = fs.zoo.load(args.teacher)
