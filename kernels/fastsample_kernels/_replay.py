@@ -21,6 +21,7 @@ from ._launch import Compiled, Launch, start
 REMEMBERS = True
 """False builds every call anew, to compare."""
 _CAPACITY = 4096  # forms of one operator
+_ALIGNED = 256  # bytes, of each part of scratch memory
 _NEW: Any = object()
 _aten: Any = torch.ops.aten
 # What allocates, or makes another tensor of the same memory: no work of a device's.
@@ -68,20 +69,31 @@ class Recorder(TorchDispatchMode):
 
 
 class _Replay:
-    """The launches with places for tensors, by number: those of the arguments first, then the buffers and copies."""
+    """The launches with places for tensors, by number: those of the arguments first, then outputs, copies and the parts
+    of one piece of scratch memory, since PyTorch takes as long to allocate as to launch.
 
-    __slots__ = ("buffers", "copies", "launches", "outputs", "single")
+    Args:
+        outputs: shape, type and strides of each.
+        copies: of the arguments, by number, seen with which shape and strides; and the format of the copy.
+        scratch: bytes.
+        offsets: of the parts.
+        launches: of each the kernel, what it compiled to, the grid, and its arguments with the places of tensors.
+        single: whether the result is one tensor, not a tuple.
+    """
+
+    __slots__ = ("copies", "launches", "offsets", "outputs", "scratch", "single")
 
     def __init__(
         self,
-        buffers: list[Any],
+        outputs: list[Any],
         copies: list[Any],
+        scratch: int,
+        offsets: list[int],
         launches: list[Any],
-        outputs: tuple[int, ...],
         single: bool,
     ) -> None:
-        self.buffers, self.copies, self.launches = buffers, copies, launches
-        self.outputs, self.single = outputs, single
+        self.outputs, self.copies, self.launches, self.single = outputs, copies, launches, single
+        self.scratch, self.offsets = scratch, offsets
 
     def watched(self) -> bool:
         """Whether a kernel has got hooks meanwhile, which Triton runs."""
@@ -89,22 +101,24 @@ class _Replay:
 
     def __call__(self, tensors: list[Tensor], addresses: list[int], stream: Any) -> Any:
         device = tensors[0].device
-        buffers = [runtime.empty(shape, dtype, device, strides) for shape, dtype, strides in self.buffers]
-        buffers += [
+        outputs = [runtime.empty(shape, dtype, device, strides) for shape, dtype, strides in self.outputs]
+        copies = [
             tensors[number].as_strided(shape, strides).clone(memory_format=layout)
             for number, shape, strides, layout in self.copies
         ]
         # Triton asks a tensor for its address, and the driver whether the device can read it; a number it takes as it
         # is. That all tensors are on the device is part of the form.
-        addresses += [t.data_ptr() for t in buffers]
+        addresses += [t.data_ptr() for t in (*outputs, *copies)]
+        if self.scratch:
+            scratch = runtime.empty((self.scratch,), torch.uint8, device)
+            base = scratch.data_ptr()
+            addresses += [base + offset for offset in self.offsets]
         for _, compiled, grid, values, places in self.launches:
             passed = values.copy()
             for place, number in places:
                 passed[place] = addresses[number]
             start(compiled, grid, stream, passed)
-        if self.single:
-            return buffers[self.outputs[0]]
-        return tuple([buffers[number] for number in self.outputs])
+        return outputs[0] if self.single else tuple(outputs)
 
 
 def _replay_of(recorder: Recorder, inputs: Sequence[Tensor], result: Any) -> _Replay | None:
@@ -113,33 +127,31 @@ def _replay_of(recorder: Recorder, inputs: Sequence[Tensor], result: Any) -> _Re
     if not recorder.complete or any(t.device != device for t in (*inputs, *recorder.buffers)):
         return None
     single = isinstance(result, Tensor)
-    outputs = (result,) if single else result
-    if not isinstance(outputs, tuple):
+    results = (result,) if single else result
+    if not isinstance(results, tuple):
         return None
+    outputs, forms, scratch = [], [], list(recorder.buffers)
+    for t in results:
+        own = [b for b in scratch if b is t or (t.numel() and b.data_ptr() == t.data_ptr())]
+        if len(own) != 1 or t.numel() != own[0].numel():
+            return None
+        scratch = [b for b in scratch if b is not own[0]]
+        outputs.append(own[0])
+        forms.append((tuple(t.shape), t.dtype, None if t is own[0] else t.stride()))
     copies = []
     for source, layout, _ in recorder.copies:
         of = [i for i, t in enumerate(inputs) if (t.data_ptr(), t.dtype) == (source.data_ptr(), source.dtype)]
         if not of:
             return None
         copies.append((of[0], tuple(source.shape), source.stride(), layout))
-    forms = [(tuple(t.shape), t.dtype, None) for t in recorder.buffers]
+    offsets = [0]
+    for b in scratch:
+        offsets.append(offsets[-1] + -(-b.numel() * b.element_size() // _ALIGNED) * _ALIGNED)
     # Inputs that share an address share it in every call of this form.
     numbers: dict[tuple[int, torch.dtype], int] = {}
-    for number, t in enumerate((*inputs, *recorder.buffers, *(made for *_, made in recorder.copies))):
+    for number, t in enumerate((*inputs, *outputs, *(made for *_, made in recorder.copies), *scratch)):
         if t.numel():
             numbers.setdefault((t.data_ptr(), t.dtype), number)
-    returned = []
-    for t in outputs:
-        own = [
-            i
-            for i, b in enumerate(recorder.buffers)
-            if b is t or (t.numel() and b.data_ptr() == t.data_ptr())
-        ]
-        if len(own) != 1 or own[0] in returned or t.numel() != recorder.buffers[own[0]].numel():
-            return None
-        if t is not recorder.buffers[own[0]]:
-            forms[own[0]] = (tuple(t.shape), t.dtype, t.stride())
-        returned.append(own[0])
     launches = []
     for launch, compiled, passed in recorder.launches:
         if compiled is None:
@@ -153,7 +165,7 @@ def _replay_of(recorder: Recorder, inputs: Sequence[Tensor], result: Any) -> _Re
                 values[place] = None
                 places.append((place, found))
         launches.append((launch.kernel, compiled, launch.grid_of_three, values, places))
-    return _Replay(forms, copies, launches, tuple(returned), single)
+    return _Replay(forms, copies, offsets[-1], offsets[:-1], launches, single)
 
 
 class _Memory:

@@ -322,3 +322,17 @@ def test_an_error_ends_the_recording(gpu):  # noqa: F811
     with pytest.raises(ZeroDivisionError):
         norms._forward._init_fn(tensor(2, 64, 8, 8), None, None, None, None, None, 0, 1e-5, False)
     assert runtime.recording.recorder is None
+
+
+@pytest.mark.quick
+def test_parts_of_scratch_memory_do_not_overlap():
+    with _replay.Recorder() as recorder:
+        sizes = [(3, F32), (1000, BF16), (0, F32), (64, F32), (65, F32), (7, torch.uint8)]
+        buffers = [runtime.empty((n,), dtype, torch.device("cpu")) for n, dtype in sizes]
+    replay = _replay._replay_of(recorder, [torch.ones(2)], buffers[3].view(8, 8))
+    rest = [n * dtype.itemsize for n, dtype in sizes[:3] + sizes[4:]]
+    ends = [*replay.offsets[1:], replay.scratch]
+    for start, end, size in zip(replay.offsets, ends, rest, strict=True):
+        assert start % 256 == 0
+        assert end >= start + size
+    assert replay.outputs == [((8, 8), F32, (8, 1))]
