@@ -76,7 +76,11 @@ def dry() -> Place:
 
 def own_stream(place: Place) -> Any:
     """Context: a backward pass runs on the stream of its forward pass, and PyTorch's first one cannot be captured."""
-    return contextlib.nullcontext() if place.dry else torch.cuda.stream(torch.cuda.Stream())
+    if place.dry:
+        return contextlib.nullcontext()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    return torch.cuda.stream(stream)
 
 
 def graphed(call: Call, place: Place) -> Call:

@@ -156,12 +156,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = resolve_device(args.device)
     entry = MODELS[args.teacher]
+    alone = True  # so far in this process, whose peak of memory cannot be reset
     for seed in [] if args.table else args.seeds:
         for name in args.methods:
             folder = args.out / f"{name}-{args.steps}-{seed}"
             if (folder / "manifest.json").exists():
                 continue
             started = time.perf_counter()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             method = getattr(distill, distill.METHODS[name][1])(fs.zoo.load(args.teacher))
             trainer = distill.Trainer(
                 method,
@@ -178,7 +181,9 @@ def main() -> None:
             (folder / "minutes.txt").write_text(f"{minutes:.2f}")
             (folder / "machine.txt").write_text(device_name(device))
             peak = peak_memory(device)
-            (folder / "memory.txt").write_text(f"{peak:.0f}")
+            if alone or device.type == "cuda":
+                (folder / "memory.txt").write_text(f"{peak:.0f}")
+            alone = False
             print(name, seed, student.measured, f"{minutes:.1f} min", f"peak {peak:.0f} MB", flush=True)
     if args.table:
         denoiser = fs.zoo.load(args.teacher)

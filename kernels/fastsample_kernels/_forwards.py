@@ -51,9 +51,11 @@ def _grouped(
     shift: Any = None,
 ) -> Tensor | None:
     """``activation(norm(x) * (1 + scale) + shift)``, where the kernel takes it."""
+    if not shaped(x):
+        return None
     flat = [_per_channel(t, x) for t in (scale, shift)]
     known = all(f is not None or t is None for f, t in zip(flat, (scale, shift), strict=True))
-    if not shaped(x) or not known or supported(x, weight, bias, *flat) is not None:
+    if not known or supported(x, weight, bias, *flat) is not None:
         return None
     return group_norm(x, num_groups, weight, bias, eps, activation=activation, scale=flat[0], shift=flat[1])
 
@@ -225,10 +227,12 @@ def _normed(
     *modulation: Any,
 ) -> Tensor | None:
     """``norm(x) * (1 + scale) + shift``, where the kernel takes it; modulation is empty, (scale,) or (scale, shift)."""
-    vectors = [_vectors(p, x) for p in modulation]
-    if any(p is None for p in vectors) or not rows.takes(x, size, weight, bias):
+    if not rows.takes(x, size, weight, bias):
         return None
-    return rows.run(x, weight, bias, eps, *vectors) if rows_supported(x, *vectors) is None else None
+    vectors = [_vectors(p, x) for p in modulation]
+    if any(p is None for p in vectors) or rows_supported(x, *vectors) is not None:
+        return None
+    return rows.run(x, weight, bias, eps, *vectors)
 
 
 # -- modulation ------------------------------------------------------------------------------------------------

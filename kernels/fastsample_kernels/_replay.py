@@ -24,12 +24,15 @@ _CAPACITY = 4096  # forms of one operator
 _ALIGNED = 256  # bytes, of each part of scratch memory
 _NEW: Any = object()
 _aten: Any = torch.ops.aten
+# Of inference mode, in which these come undivided: another tensor of the same memory, or else a copy in order.
+_ORDERED = frozenset({_aten.reshape.default, _aten.contiguous.default, _aten.flatten.using_ints})
 # What allocates, or makes another tensor of the same memory: no work of a device's.
 _HARMLESS = frozenset(
     {
         _aten.empty.memory_format,
         _aten.empty_strided.default,
         _aten.transpose.int,
+        _aten.movedim.int,
         _aten.permute.default,
         _aten.unsqueeze.default,
         _aten.view.default,
@@ -55,6 +58,9 @@ class Recorder(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         if func is _aten.clone.default:  # of strides that a kernel cannot take
             self.copies.append((args[0], (kwargs or {}).get("memory_format"), made))
+        elif func in _ORDERED:
+            if made.data_ptr() != args[0].data_ptr():
+                self.copies.append((args[0], torch.contiguous_format, made))
         elif func not in _HARMLESS:
             self.complete = False
         return made
@@ -187,15 +193,16 @@ class _Memory:
         if not REMEMBERS or runtime.recording.recorder is not None:
             return self.body(*args, **kwargs)
         grad = whole and torch.is_grad_enabled()
-        tensors, form = [], []
+        tensors: list[Tensor] = []
+        form: list[tuple[Any, ...]] = []
         for a in (*args, *kwargs.values()) if kwargs else args:
-            if type(a) in runtime.PLAIN_TENSORS and not (grad and a.requires_grad):
+            if not isinstance(a, Tensor):
+                form.append((type(a), a))
+            elif runtime.plain_tensor(a) and not (grad and a.requires_grad):
                 tensors.append(a)
                 form.append((a.shape, a.stride(), a.dtype, a.device))
-            elif isinstance(a, Tensor):
-                return self.body(*args, **kwargs)
             else:
-                form.append(a)
+                return self.body(*args, **kwargs)
         if not tensors or (whole and not runtime.reaches(tensors[0].device)):
             return self.body(*args, **kwargs)
         launcher = runtime.launcher()  # which imports Triton
@@ -214,6 +221,7 @@ class _Memory:
             shared,
             device,
             driver,
+            torch.is_inference_mode_enabled(),
             None if self.state is None else self.state(),
         )
         try:

@@ -79,7 +79,7 @@ def why_not(*tensors: Tensor | None) -> str | None:
 
 def reaches(device: torch.device) -> bool:
     """Whether Triton can run on a device."""
-    return device.type == "cuda" or _why_not_device(device.type, device.index or 0) is None
+    return _why_not_device(device.type, device.index or 0) is None
 
 
 def check_devices(name: str, tensor: Tensor, others: Mapping[str, Tensor | None]) -> None:
@@ -390,6 +390,11 @@ def differentiable(
 PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
+def plain_tensor(t: Tensor) -> bool:
+    """Whether the memory of a tensor holds its numbers: not a subclass, nor a view that negates."""
+    return type(t) in PLAIN_TENSORS and not t.is_neg()
+
+
 def watched() -> bool:
     """Whether a compiler, a tracer or a mode needs to see operators. Half of the time to launch a kernel goes through
     the dispatcher, which these need."""
@@ -408,9 +413,7 @@ def only_result(args: tuple[Any, ...]) -> bool:
     """Whether nothing but the result for these arguments matters: no gradient and no subclass."""
     grad = torch.is_grad_enabled()
     return all(
-        type(a) in PLAIN_TENSORS and not (grad and a.requires_grad)
-        for a in args
-        if isinstance(a, torch.Tensor)
+        plain_tensor(a) and not (grad and a.requires_grad) for a in args if isinstance(a, torch.Tensor)
     )
 
 

@@ -339,6 +339,8 @@ def _why_not_cudnn(
         return "not on a GPU"
     if bias is not None:
         return "there is a bias"
+    if q.dtype not in runtime.LOW_PRECISION:
+        return "cuDNN's attention takes 16-bit types only"
     if scale == 0:
         return "scale=0, for which cuDNN gives NaN"
     if _capability(q.device)[0] != 9:
@@ -348,8 +350,13 @@ def _why_not_cudnn(
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = _cudnn(q, k, v, is_causal, scale, True)
+    return _laid_out(out, q), lse.reshape(q.shape[:3]) * _LOG2E
+
+
+def _laid_out(out: Tensor, q: Tensor) -> Tensor:
+    """cuDNN's output, which has the order of q's axes, in the one that the kernels write."""
     o = _empty_like(q)
-    return out if out.stride() == o.stride() else o.copy_(out), lse.reshape(q.shape[:3]) * _LOG2E
+    return out if out.stride() == o.stride() else o.copy_(out)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, sums: bool) -> Any:
@@ -605,14 +612,9 @@ def attention(
         bias = bias[(None,) * (4 - bias.dim())]
         if torch._C._are_functorch_transforms_active():  # vmap folds into the batch
             bias = bias.expand(q.shape[0], *bias.shape[1:])
-    alone = (
-        scale > 0
-        and not runtime.watched()
-        and not runtime.transformed()
-        and runtime.only_result((q, k, v, bias))
-    )
-    if alone and _why_not_cudnn(q, k, v, bias, is_causal, scale) is None:
-        return _cudnn(q, k, v, is_causal, scale, False)[0]
+    alone = not runtime.watched() and not runtime.transformed() and runtime.only_result((q, k, v, bias))
+    if alone and scale > 0 and _why_not_cudnn(q, k, v, bias, is_causal, scale) is None:
+        return _laid_out(_cudnn(q, k, v, is_causal, scale, False)[0], q)
     primals, tangents = runtime.unpack_duals((q, k, v, bias))
     o, lse = _call_forward(*primals, is_causal, scale)
     if tangents is None:

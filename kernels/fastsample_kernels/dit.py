@@ -680,7 +680,7 @@ def _check_rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None) -> N
 
 def _why_not_rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None) -> str | None:
     reason = supported(x, cos, sin, weight)
-    if reason is None and (cos.requires_grad or sin.requires_grad):
+    if reason is None and torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         return "cos or sin requires a gradient"
     return reason
 

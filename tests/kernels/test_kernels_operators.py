@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 
+import fastsample_kernels as fk
 from fastsample_kernels import dit
 from fastsample_kernels.attention import attention, reference
 
@@ -152,3 +153,10 @@ def test_derivatives_of_vmap_say_that_vmap_goes_outside():
     got = torch.vmap(lambda z, t: torch.func.jvp(f, (z,), (t,))[1])(x, 2 * x)
     wanted = torch.func.jvp(lambda z: reference(z, z, z), (x.double(),), (2 * x.double(),))[1]
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.quick
+def test_views_that_negate_are_read_as_what_they_are():
+    x = torch.randn(2, 24, 40)
+    torch.testing.assert_close(fk.layer_norm(torch._neg_view(x)), torch.nn.functional.layer_norm(-x, (40,)))
+    torch.testing.assert_close(fk.group_norm(torch._neg_view(x), 8), torch.nn.functional.group_norm(-x, 8))

@@ -16,8 +16,9 @@ import fastsample_kernels as fk
 from fastsample_kernels import _replay
 from fastsample_kernels import _runtime as runtime
 
-attention, dit, norms = (
-    importlib.import_module(f"fastsample_kernels.{name}") for name in ("attention", "dit", "group_norm")
+attention, dit, forwards, norms = (
+    importlib.import_module(f"fastsample_kernels.{name}")
+    for name in ("attention", "dit", "_forwards", "group_norm")
 )
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -176,6 +177,9 @@ def functions(rng):
     scale = rng.choice((None, samples))
     residual = rng.choice((None, x, tensor(2, 64, 8, 16, dtype=rng.choice((BF16, F32)))))
     activation, interleaved = rng.choice((None, "silu")), rng.random() < 0.5
+    wide = rng.choice((None, samples[..., None, None]))
+    chunks = tensor(2, 1, 3 * 64, dtype=dtype).chunk(3, -1)  # as adaptive norms make them, of one tensor
+    gate, modulation = chunks[0], rng.choice((chunks[1:], chunks[1:2], (chunks[1], chunks[1])))
     return [
         (fk.group_norm, (x, 8, p), {"activation": activation, "scale": scale, "residual": residual}),
         (fk.layer_norm, (rows, p, p), {"scale": m, "shift": m}),
@@ -186,6 +190,12 @@ def functions(rng):
         (fk.norm_rope, (heads, angles, angles, p), {"interleaved": interleaved}),
         (fk.geglu, (rows,), {"approximate": "tanh"}),
         (fk.swiglu, (rows,), {}),
+        # what patched modules call
+        (forwards._grouped, (x, 8, p, p, 1e-5, "silu", wide, wide), {}),
+        (forwards._normed, (forwards.LayerNorm, rows, 64, p, p, 1e-5, *modulation), {}),
+        (forwards._normed, (forwards.DiffusersRMSNorm, heads, 64, p, None, 1e-6), {}),
+        (forwards._gated, (forwards.RMSNorm, rows, gate, tokens, 64, p, None, None, *modulation), {}),
+        (forwards._gated_unit, (rows, rng.choice(("gelu", "gelu_tanh", "silu"))), {}),
     ]
 
 
@@ -206,7 +216,7 @@ def test_functions_make_again_what_they_would_make(gpu, replays, monkeypatch):  
                 expected = Called(gpu, call, every)
             assert expected.launches
             assert Called(gpu, call, every) == expected
-    assert len(replays) > 9 * 12 * 0.9  # but for those that change types
+    assert len(replays) > 14 * 12 * 0.9  # but for those that change types
 
 
 @pytest.mark.quick
@@ -237,6 +247,49 @@ def test_functions_run_themselves_where_more_than_their_result_matters(gpu, repl
     with pytest.raises(TypeError):
         fk.layer_norm(x, eps=[])
     assert not [r for r in replays if r.single]  # the operator's own are of a tuple
+
+
+@pytest.mark.quick
+def test_a_form_is_all_that_a_function_looks_at(gpu, replays, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(runtime, "_why_not_device", lambda *args: None)
+    x, heads, angles = (
+        tensor(2, 24, 40, dtype=F32),
+        tensor(2, 3, 20, 40, dtype=F32),
+        tensor(20, 40, dtype=F32),
+    )
+    fk.group_norm(x, 8)
+    with pytest.raises(ValueError, match="is a float"):
+        fk.group_norm(x, 8.0)
+    with torch.no_grad():
+        for cos in (angles, angles.clone().requires_grad_()):
+            fk.norm_rope(heads, cos, angles.clone())
+        assert len(replays) == 1
+        fk.layer_norm(torch._neg_view(x))  # whose memory has other signs
+        fk.layer_norm(torch._neg_view(x))
+        assert not [r for r in replays[1:] if r.single]
+
+
+@pytest.mark.quick
+def test_inference_mode_remembers_too(gpu, replays, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(runtime, "_why_not_device", lambda *args: None)
+    image = tensor(2, 56, 5, 8).permute(0, 2, 3, 1).flatten(1, 2)
+    x = tensor(2, 3, 5, 56)
+    for mode in (torch.inference_mode, torch.no_grad):
+        replays.clear()
+        with mode():
+            for i in range(3):
+                for rows in (x, image):
+                    fk.layer_norm(rows, scale=tensor(2, 56))
+                fk.geglu(x)
+                assert len([r for r in replays if r.single]) == 3 * i
+
+
+@pytest.mark.quick
+def test_a_device_without_kernels_is_not_asked_for_its_driver(monkeypatch):
+    monkeypatch.setattr(runtime, "_why_not_device", lambda *args: "compute capability (7, 5) is below (8, 0)")
+    monkeypatch.setattr(runtime, "launcher", lambda: pytest.fail("Triton was started"))
+    x = tensor(2, 24, 40, dtype=F32)
+    torch.testing.assert_close(fk.layer_norm(x), torch.nn.functional.layer_norm(x, (40,)))
 
 
 def test_through_the_functions(gpu, replays, monkeypatch):  # noqa: F811
