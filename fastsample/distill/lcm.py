@@ -40,8 +40,9 @@ class LCM(Method):
     Args:
         w_min, w_max: the range of w (the paper: 2 to 14); equal ones distil one scale, of which the student need
             not be told (LCM-LoRA).
-        skip: k, training times a DDIM step (section 4.3: 20). The chain of DDIM steps that the student has to add up
-            is as long as ``train_steps / skip``; with 20 of them it is learnt in thousands of updates.
+        skip: k, training times a DDIM step (section 4.3: 20). The student has to add up ``train_steps / skip`` of
+            them, and 20 are learnt in thousands of updates. diffusers' LCMScheduler calls that number
+            ``original_inference_steps`` and takes 50 unless told.
         train_steps: N, the number of training times, laid on the process's own grid.
         target_decay: mu of the target's moving average (the paper: 0.999943, over 100,000 updates).
         metric: "l2" (the paper) or "pseudo_huber", whose force does not shrink with the error.

@@ -72,7 +72,7 @@ def test_the_target_is_a_guided_ddim_step() -> None:
 
 def test_the_loss_asks_for_that_target() -> None:
     """The whole loss, from the paper's words, at the times that it may draw."""
-    method = distill.LCM(labelled(), prediction="eps", w_min=3.0, w_max=3.0, space="x0")
+    method = distill.LCM(labelled(), prediction="eps", w_min=3.0, w_max=3.0, space="x0", skip=20)
     x, labels = noise(50).clamp(-1, 1), torch.arange(50) % 3
     batch = Batch.of(x, labels=labels)
     asked: list[Tensor] = []
@@ -114,7 +114,7 @@ def test_every_link_of_the_chain_weighs_the_same() -> None:
 
     def curvature(**settings: Any) -> Tensor:
         method = distill.LCM(
-            labelled().replace(net=Shifted()), prediction="v", convert=0, w_max=2.0, **settings
+            labelled().replace(net=Shifted()), prediction="v", convert=0, w_max=2.0, skip=20, **settings
         )
         net: Any = method.nets["student"]
         losses = []
@@ -155,14 +155,18 @@ def test_training_and_sampling_are_one_function() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("settings", [{}, {"skip": 20}])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_sampling_times_are_those_of_diffusers(steps: int) -> None:
+def test_sampling_times_are_those_of_diffusers(steps: int, settings: dict[str, Any]) -> None:
     diffusers = pytest.importorskip("diffusers")
+    method = distill.LCM(labelled(), prediction="eps", w_max=2.0, **settings)
     scheduler = diffusers.LCMScheduler(
-        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", original_inference_steps=50
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        original_inference_steps=1000 // settings.get("skip", 50),
     )
     scheduler.set_timesteps(steps)
-    method = distill.LCM(labelled(), prediction="eps", w_max=2.0)
     assert method.solver_options["grids"][str(steps)] == [*map(float, scheduler.timesteps), -1.0]
 
 
