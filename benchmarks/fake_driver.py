@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import itertools
 from types import SimpleNamespace
@@ -41,4 +42,6 @@ class FakeDriver:
 
 def installed(fake: FakeDriver) -> tuple[Any, str, FakeDriver]:
     """Arguments of ``setattr`` that make it Triton's driver."""
-    return driver, "_active" if hasattr(driver, "_active") else "active", fake
+    made = driver, "_active" if hasattr(driver, "_active") else "active", fake
+    atexit.register(setattr, *made)  # for kernels that live until then, and are unloaded by the driver
+    return made
