@@ -75,10 +75,7 @@ class Nearest:
 
     def ratio(self, student: Student, steps: int) -> float:
         """The distance to the nearest training image over that to the nearest held-out one."""
-        index = torch.arange(self.count)
-        conditions = self.evaluation.data.conditions(index, self.evaluation.device, 3)
-        shape = (self.count, *self.evaluation.data.shape)
-        x = student.sampler(steps)(shape=shape, seed=3, index=index, **conditions)
+        x = self.evaluation.drawn(student, steps, self.count, seed=3)
         return memorisation(to_uint8(x).cpu(), self.train, self.heldout).ratio
 
 

@@ -110,17 +110,18 @@ class Evaluation:
             moments.update(self.extractor(self._bytes(x)), range(rows.start, rows.stop))
         return moments
 
+    def drawn(self, student: Student, steps: int, count: int, seed: int = _SEED) -> Tensor:
+        """The first samples at a number of steps, latents where the student makes those."""
+        conditions: dict[str, Any] = self.data.conditions(torch.arange(count), self.device, seed)
+        return student.sampler(steps)(shape=(count, *self.data.shape), seed=seed, **conditions)
+
     def pictures(self, student: Student, file: Path, count: int = 10) -> None:
         """A grid of samples: a row for each number of steps, the same noise in each column."""
         if not _is_image(self.image_shape):
             return
         from torchvision.utils import make_grid, save_image
 
-        conditions: dict[str, Any] = self.data.conditions(torch.arange(count), self.device, _SEED)
-        rows = [
-            self._images(student.sampler(k)(shape=(count, *self.data.shape), seed=_SEED, **conditions)).cpu()
-            for k in student.steps
-        ]
+        rows = [self._images(self.drawn(student, k, count)).cpu() for k in student.steps]
         file.parent.mkdir(parents=True, exist_ok=True)
         scale = max(1, 64 // self.image_shape[-1])
         images = torch.cat(rows).clamp(-1, 1).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
