@@ -23,7 +23,7 @@ from .dit import supported as rows_supported
 from .group_norm import group_norm, supported
 
 # Of a norm over the last axis: size of its rows unless any will do, weight, bias and eps.
-Parts = tuple["int | None", "Tensor | None", "Tensor | None", "float | None"]
+Parts = tuple[int | None, Tensor | None, Tensor | None, float | None]
 
 
 def plain(x: Tensor) -> bool:
@@ -81,6 +81,7 @@ class LayerNorm:
 
     name = "layer_norm"
     kind: Norm = "layer"
+    takes = staticmethod(_rows)
 
     @staticmethod
     def shape(norm: Any) -> tuple[int, ...]:
@@ -89,10 +90,6 @@ class LayerNorm:
     @staticmethod
     def parts(norm: Any) -> Parts:
         return norm.normalized_shape[0], norm.weight, norm.bias, norm.eps
-
-    @staticmethod
-    def takes(x: Tensor, size: int | None, weight: Tensor | None, bias: Tensor | None) -> bool:
-        return _rows(x, size, weight, bias)
 
     @staticmethod
     def run(
@@ -115,8 +112,8 @@ class RMSNorm:
 
     name = "rms_norm"
     kind: Norm = "rms"
-    shape = LayerNorm.shape
-    takes = LayerNorm.takes
+    takes = staticmethod(_rows)
+    shape = staticmethod(LayerNorm.shape)
 
     @staticmethod
     def parts(norm: Any) -> Parts:

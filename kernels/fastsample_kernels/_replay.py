@@ -56,12 +56,11 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        if func is _aten.clone.default:  # of strides that a kernel cannot take
-            self.copies.append((args[0], (kwargs or {}).get("memory_format"), made))
-        elif func in _ORDERED:
-            if made.data_ptr() != args[0].data_ptr():
-                self.copies.append((args[0], torch.contiguous_format, made))
-        elif func not in _HARMLESS:
+        copies = func is _aten.clone.default or (func in _ORDERED and made.data_ptr() != args[0].data_ptr())
+        if copies:  # strides that a kernel cannot take
+            order = None if func is _aten.clone.default else torch.contiguous_format
+            self.copies.append((args[0], (kwargs or {}).get("memory_format", order), made))
+        elif func not in _HARMLESS and func not in _ORDERED:
             self.complete = False
         return made
 

@@ -389,3 +389,15 @@ def test_parts_of_scratch_memory_do_not_overlap():
         assert start % 256 == 0
         assert end >= start + size
     assert replay.outputs == [((8, 8), F32, (8, 1))]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_copy_is_noted_with_its_format(mode):
+    x = torch.randn(2, 3, 4, 5)
+    with mode(), _replay.Recorder() as recorder:
+        x.contiguous(memory_format=torch.channels_last)
+        x.transpose(1, 2).contiguous()
+        x.contiguous()  # none
+    assert [layout for _, layout, _ in recorder.copies] == [torch.channels_last, torch.contiguous_format]
+    assert recorder.complete
