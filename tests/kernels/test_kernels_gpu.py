@@ -298,9 +298,8 @@ def test_sampler_with_kernels(solver):
     fused = sampler(kernels=True, **call)
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
     replayed = sampler(kernels=True, graph=True, **call)
-    if (
-        sampler.plan.stochastic
-    ):  # before a graph runs, by PyTorch, whose logarithms and cosines end in other bits
+    if sampler.plan.stochastic:
+        # A graph's noise is drawn before it runs, by PyTorch, whose logarithms and cosines end in other bits.
         torch.testing.assert_close(replayed, fused, rtol=1e-4, atol=1e-4)
     else:
         assert torch.equal(replayed, fused)
