@@ -25,6 +25,9 @@ TimeLike = float | int | Tensor | np.ndarray | Sequence[float]
 
 TRAINED_STEPS = 1000
 _MEMO = 1 << 14
+_RECENT = 4
+
+_Found = tuple[Tensor, Tensor, Tensor]
 
 
 def as_time(t: TimeLike) -> Tensor:
@@ -54,6 +57,11 @@ def _within(t: TimeLike, low: float, high: float, what: str) -> Tensor:
 def _clamp(time: Tensor, low: float, high: float) -> Tensor:
     """``time.clamp(low, high)``, which has no gradient at its ends; this has."""
     return torch.where(time < low, low, torch.where(time > high, high, time))
+
+
+def _written(found: _Found) -> int:
+    """How often what was found has been written to, by whoever was given it."""
+    return sum(v._version for v in found)
 
 
 class Process(ABC):
@@ -99,18 +107,36 @@ class Process(ABC):
         """The half log-SNR ``log(alpha / sigma)``, float64; infinite at the ends of some processes."""
         return self._look_up(t)[2]
 
-    def _look_up(self, t: TimeLike) -> tuple[Tensor, Tensor, Tensor]:
+    def _look_up(self, t: TimeLike) -> _Found:
         time = as_time(t)
-        if time.ndim or time.requires_grad:
+        if time.requires_grad:
             return self._at(time)
+        return self._several(time) if time.ndim else self._one(time)
+
+    def _one(self, time: Tensor) -> _Found:
         # Solvers ask for the same few times again and again; a look-up is 50 times cheaper than the formula.
-        memo = self.__dict__.setdefault("_memo", {})
+        memo: dict[float, tuple[_Found, int]] = self.__dict__.setdefault("_memo", {})
         key = float(time)
-        found = memo.get(key)
-        if found is None:
-            if len(memo) > _MEMO:
-                memo.clear()
-            found = memo[key] = self._at(time)
+        known = memo.get(key)
+        if known is not None and known[1] == _written(known[0]):
+            return known[0]
+        if len(memo) > _MEMO:
+            memo.clear()
+        with torch.inference_mode(False):  # for those who ask later, too
+            found = self._at(torch.tensor(key, dtype=torch.float64))
+        memo[key] = found, _written(found)
+        return found
+
+    def _several(self, time: Tensor) -> _Found:
+        # An update of a training asks for the very same times again and again.
+        if time.is_inference() or torch.is_inference_mode_enabled():
+            return self._at(time)
+        recent: list[tuple[Tensor, int, _Found, int]] = self.__dict__.get("_recent", [])
+        for known, version, found, written in recent:
+            if known is time and version == time._version and written == _written(found):
+                return found
+        found = self._at(time)
+        self.__dict__["_recent"] = [(time, time._version, found, _written(found)), *recent[: _RECENT - 1]]
         return found
 
     def rho(self, t: TimeLike) -> Tensor:
@@ -271,6 +297,7 @@ class VP(Process):
         # Knots at t = -1, 0, .., N-1.
         zero = torch.zeros(1, dtype=torch.float64)
         self._log_alpha = torch.cat([zero, 0.5 * table.log()])
+        self._fades = bool(table[-1] == 0)
         self._lam_knots = self._log_alpha - 0.5 * torch.log(-torch.expm1(2 * self._log_alpha))
         self.t_start = float(table.numel() - 1)
         self.t_end = 0.0
@@ -344,10 +371,10 @@ class VP(Process):
 
     def _at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         low, high, w = self._interval(t)
-        fading = torch.isinf(high)
-        straight = low + w * (torch.where(fading, low, high) - low)
+        fading = torch.isinf(high) if self._fades else None
+        straight = low + w * ((high if fading is None else torch.where(fading, low, high)) - low)
         alpha, log_alpha, square = straight.exp(), straight, -torch.expm1(2 * straight)
-        if bool(fading.any()):
+        if fading is not None:
             linear = low.exp() * (1 - w)
             alpha = torch.where(fading, linear, alpha)
             log_alpha = torch.where(fading, torch.where(fading, linear, 1.0).log(), straight)

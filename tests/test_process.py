@@ -309,6 +309,40 @@ def test_errors_name_the_value(make: object, message: str) -> None:
         make()  # type: ignore[operator]
 
 
+def test_look_ups_are_remembered_and_not_spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same times are looked up once; times or results that were written to since are looked up anew."""
+    process = fs.VP.linear()
+    calls = []
+    at = fs.VP._at
+    monkeypatch.setattr(fs.VP, "_at", lambda self, t: calls.append(t) or at(self, t))  # type: ignore[func-returns-value]
+    t = torch.linspace(0, 999, 8, dtype=torch.float64)
+    expected = at(process, t)[0]
+    assert process.alpha(t) is process.alpha(t)
+    process.sigma(t)
+    assert len(calls) == 1
+    process.alpha(t).mul_(2)
+    torch.testing.assert_close(process.alpha(t), expected)
+    t[0] = 500.0
+    torch.testing.assert_close(process.alpha(t), at(process, t)[0])
+    one = process.alpha(500)
+    assert process.alpha(500) is one
+    expected = one.clone()
+    one.mul_(2)
+    assert float(process.alpha(500)) == float(expected)
+
+
+def test_look_ups_in_inference_mode_serve_training_later() -> None:
+    """What is remembered in inference mode can be differentiated through afterwards."""
+    process = fs.VP.linear()
+    t = torch.tensor([3.0, 7.0], dtype=torch.float64)
+    with torch.inference_mode():
+        process.alpha(250)
+        process.alpha(t)
+    x = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    (process.alpha(250) * process.alpha(t) * x).sum().backward()
+    torch.testing.assert_close(x.grad, process.alpha(250) * process.alpha(t))
+
+
 def test_float32_rounding_of_the_ends_is_forgiven() -> None:
     assert fs.Flow().sigma(torch.tensor(1.0 + 1e-7, dtype=torch.float32)) == 1
     assert fs.VP.linear().sigma(-1.0000001) == 0

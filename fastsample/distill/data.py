@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..denoiser import Denoiser, select
 from ..errors import unknown
-from ..noise import normal
+from ..noise import normal, philox
 
 NAMES = ("digits", "fashion-mnist", "cifar10")
 IN_MEMORY = 1 << 30
 _HASHED = 64
+_SPREAD = 0xFFFFFFFE  # noise stream of what a measurement's conditions are drawn by
 _READ_TWICE = 16
 _RHO = 0.5  # where the teacher is asked about the samples' range: much is left to denoise, and much to see
 _AT_ONCE = 8
@@ -186,10 +187,10 @@ class Data:
             return self._read(i, i)
         return self.x[i].cpu(), {k: v[i].cpu() for k, v in self._conditions.items()}
 
-    def rows(self, which: Sequence[int], device: torch.device) -> Item:
+    def rows(self, which: Sequence[int] | Tensor, device: torch.device) -> Item:
         """Samples and conditions by their place in the data, in no other order."""
         if self.x is None:
-            x, conditions = _stacked([self._at(i) for i in which])
+            x, conditions = _stacked([self._at(int(i)) for i in which])
         else:
             place = torch.as_tensor(which, device=self.x.device)
             x, conditions = self.x[place], {k: v[place] for k, v in self._conditions.items()}
@@ -208,6 +209,24 @@ class Data:
     def conditions(self, index: Tensor, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
         """The conditions of the global sample indices (B,)."""
         return self.take(index, device, seed)[1]
+
+    def spread(self, count: int, groups: int, seed: int) -> Tensor:
+        """Places in the data (count,) whose conditions a measurement of ``count`` samples is made with.
+
+        The samples of each group (those of one index modulo ``groups``) lie evenly over the data, in the order of
+        their labels where these are in memory, from a start of the group's own. So the classes have their shares, and
+        groups are independent, which the jackknife's correction of the bias needs: parts of one permutation of the
+        data are not, since what one of them has the others lack.
+        """
+        index = torch.arange(count)
+        group, position = index % groups, index // groups
+        size = torch.bincount(group, minlength=groups)[group]
+        start = philox(seed, torch.zeros_like(group), _SPREAD, group)[0].double() * 2.0**-32
+        place = ((position + start) / size * len(self)).long().clamp(max=len(self) - 1)
+        labels = self._conditions.get("labels")
+        if labels is None or labels.ndim != 1:
+            return place
+        return labels.argsort(stable=True).cpu()[place]
 
     def batches(
         self, indices: Sequence[Tensor], device: torch.device, seed: int = 0, workers: int = 0

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..denoiser import select
 from ..metrics import FeatureExtractor, FrechetReference, GroupedMoments, estimate, parse_metric, to_uint8
 from ..metrics.frechet import FrechetEstimate, minimum_samples
 from .data import Data
@@ -99,15 +98,12 @@ class Evaluation:
         """Of the features of a student's samples."""
         assert self.extractor is not None
         moments = GroupedMoments(self.dim)
-        index = torch.arange(self.samples)
-        conditions = self.data.conditions(index, self.device, seed)
+        places = self.data.spread(self.samples, moments.groups, seed)
         sampler = student.sampler(steps)
-        shape = self.data.shape
-        for first in range(0, self.samples, self.batch_size):
-            rows = slice(first, min(self.samples, first + self.batch_size))
-            own = select(conditions, rows, self.samples)
-            x = sampler(shape=(rows.stop - rows.start, *shape), seed=seed, index=index[rows], **own)
-            moments.update(self.extractor(self._bytes(x)), range(rows.start, rows.stop))
+        for index in torch.arange(self.samples).split(self.batch_size):
+            conditions = self.data.rows(places[index], self.device)[1] if self.data.names else {}
+            x = sampler(shape=(len(index), *self.data.shape), seed=seed, index=index, **conditions)
+            moments.update(self.extractor(self._bytes(x)), index)
         return moments
 
     def drawn(self, student: Student, steps: int, count: int, seed: int = _SEED) -> Tensor:

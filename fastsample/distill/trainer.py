@@ -596,7 +596,8 @@ class _Run:
                     f"{batch.step * self.trainer.batch_size} on; loss {value}, gradient norm {norm}); nothing was "
                     f"updated; {self.checkpoints.last_good()}; try a smaller learning_rate or clip"
                 )
-            optimizer.step()
+            # accelerate's own step looks for an optional package every time, and is needed for its scaler alone
+            (optimizer if scaled else optimizer.optimizer).step()
             optimizer.zero_grad(set_to_none=True)
             losses[f"loss.{role}"] = value
             losses[f"norm.{role}"] = norm

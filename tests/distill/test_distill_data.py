@@ -18,6 +18,7 @@ import fastsample as fs
 from fastsample import distill
 from fastsample.distill.data import as_data
 from fastsample.distill.evaluation import Evaluation
+from fastsample.metrics.statistics import GROUPS
 from fastsample.zoo.data import digits
 
 CPU = torch.device("cpu")
@@ -334,7 +335,7 @@ def test_latent_students_are_measured_by_their_images(tmp_path: Path) -> None:
     assert [row["steps"] for row in student.measured] == list(student.steps)
     assert any("fd-digits.ema0.99.1" in line for line in log_of(tmp_path))
 
-    conditions: dict[str, Any] = trainer._data.conditions(torch.arange(40), CPU, 1)
+    conditions: dict[str, Any] = trainer._data.rows(trainer._data.spread(40, GROUPS, 1), CPU)[1]
     drawn = student.sampler(1)(shape=(40, 4, 4, 4), seed=1, **conditions)
     again = distill.Data(to_images_anyhow(drawn))
     other = Evaluation("fd-digits", 40, again, CPU).reference.gaussian.mean
@@ -362,3 +363,67 @@ def test_a_teacher_without_room_is_no_fault_of_the_data() -> None:
     teacher = fs.wrap(Large(), fs.VP.linear(), "eps", sample_shape=(1, 8, 8))
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         distill.Trainer(distill.Consistency(teacher), digits("train")[0], steps=2, device="cpu")
+
+
+@pytest.mark.parametrize("count", [7, 40, 1000, 30_000])
+def test_the_conditions_of_a_measurement_have_the_shares_of_the_data(count: int) -> None:
+    """In every group of the jackknife, whatever its size; the groups are independent draws."""
+    data = as_data("digits")
+    labels = digits("train")[1]
+    share = torch.bincount(labels, minlength=10).double() / len(labels)
+    places = data.spread(count, GROUPS, seed=3)
+    assert places.shape == (count,) and int(places.min()) >= 0 and int(places.max()) < len(data)
+    for group in range(min(count, GROUPS)):
+        own = labels[places[group::GROUPS]]
+        found = torch.bincount(own, minlength=10).double()
+        assert bool(((found - share * len(own)).abs() < 1 + 1e-9).all())
+    assert torch.equal(places, data.spread(count, GROUPS, seed=3))
+    assert not torch.equal(places, data.spread(count, GROUPS, seed=4))
+
+
+def test_each_place_is_as_likely_as_another() -> None:
+    data = distill.Data(torch.zeros(7, *SHAPE), {"labels": torch.tensor([1, 0, 2, 2, 2, 1, 2])})
+    drawn = torch.cat([data.spread(40, GROUPS, seed) for seed in range(400)])
+    share = torch.bincount(drawn, minlength=7).double() / len(drawn)
+    torch.testing.assert_close(share, torch.full((7,), 1 / 7, dtype=torch.float64), rtol=0, atol=0.01)
+
+
+class _Resampled:
+    """A sampler of the data's own distribution: any training image of the label that is asked for, dimmed or not."""
+
+    def __init__(self, brightness: float = 1.0) -> None:
+        self.x, self.y = digits("train")
+        self.x = (self.x + 1) * brightness - 1
+
+    def sampler(self, steps: int) -> Any:
+        def sample(shape: tuple[int, ...], seed: int, index: Tensor, labels: Tensor) -> Tensor:
+            u = distill.Batch(index, SHAPE, seed=seed).uniform("which")
+            order, first = self.y.argsort(stable=True), torch.bincount(self.y, minlength=10).cumsum(0)
+            size = torch.bincount(self.y, minlength=10)[labels]
+            return self.x[order[first[labels] - size + (u * size).long()]]
+
+        return sample
+
+
+def _distances(count: int, student: Any, seeds: range) -> tuple[Tensor, Tensor]:
+    evaluation = Evaluation("fd-digits", count, as_data("digits"), CPU)
+    found = [evaluation.distance(student, 1, seed) for seed in seeds]
+    return torch.tensor([f.value for f in found]), torch.tensor([f.se for f in found])
+
+
+@pytest.mark.parametrize("count", [200, 1000])
+def test_the_distance_of_the_data_to_themselves_is_zero(count: int) -> None:
+    """On average, and for any number of samples: the jackknife takes away all of the bias and no more."""
+    values, _ = _distances(count, _Resampled(), range(40))
+    assert abs(float(values.mean())) < 3 * float(values.std()) / len(values) ** 0.5
+
+
+def test_the_standard_error_of_a_distance_is_its_spread() -> None:
+    """And distances of few samples are those of many on average."""
+    dimmed = _Resampled(0.85)
+    values, stated = _distances(500, dimmed, range(40))
+    many, error = _distances(20_000, dimmed, range(1))
+    assert float(values.mean()) > 10 * float(error)
+    spread = (float(values.var()) / len(values) + float(error) ** 2) ** 0.5
+    assert abs(float(values.mean() - many)) < 3 * spread
+    assert 0.75 < float(stated.square().mean().sqrt() / values.std()) < 1.33
