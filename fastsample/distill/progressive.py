@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from .. import grids
+from ..errors import unknown
+from ..process import Process
 from .batch import Batch
 from .limits import COUNT, Limit
 from .method import Method, squared
 from .prediction import column, noised, predict
 from .teacher import ddim_step
+
+WEIGHTINGS = ("step", "snr")
 
 
 @dataclass
@@ -25,11 +29,15 @@ class Progressive(Method):
         last: steps of the last one. Students of 2 and 1 steps are trained twice as long as the others (section 5).
         grid: the times, by name of ``fs.grids``; by default the process's own, at which the teacher's first steps are
             better than at even angles (those of the paper's cosine schedule).
+        weighting: "step" measures the error of the state that a step arrives at; "snr" that of the clean sample, times
+            ``max(snr, 1)`` (the paper, eq. 9). The clean samples of a teacher that predicts eps are far off at the
+            noisiest times, where they hardly count in short steps; by "snr" their errors outweigh all others.
     """
 
     first: int = 8
     last: int = 1
     grid: str | None = None
+    weighting: str = "step"
 
     solver: ClassVar[str] = "ddim"
 
@@ -54,6 +62,8 @@ class Progressive(Method):
             value = getattr(self, name)
             if value & (value - 1):
                 raise ValueError(f"{name}={value}: a power of two is needed")
+        if self.weighting not in WEIGHTINGS:
+            raise unknown("weighting", self.weighting, WEIGHTINGS)
         if self.last > self.first:
             raise ValueError(f"last={self.last} is more than first={self.first}")
         finest = grids.make(self.grid_name, self.teacher.process, 2 * self.first, end="zero")
@@ -100,10 +110,17 @@ class Progressive(Method):
         x = noised(process, batch.data, batch.normal("eps"), t)
         previous = self.teacher if stage == 0 else self.denoiser("previous")
         target = self.target(previous, x, t, middle, s, batch.conditions)
-        # max(snr, 1), eq. 9, kept finite where the paper's schedule ends
-        snr = (process.alpha(t) / process.sigma(t)) ** 2
-        weight = snr.clamp(min=1, max=1e4).to(x.device, x.dtype, non_blocking=True)
+        weight = self.weight(t, s).to(x.device, x.dtype, non_blocking=True)
         return weight * squared(self.predict("student", x, t, batch) - target)
+
+    def weight(self, t: Tensor, s: Tensor) -> Tensor:
+        """The weight (B,) of the clean sample's squared error in a step from t to s."""
+        process = self.teacher.process
+        if self.weighting == "snr":
+            # kept finite where the paper's schedule ends
+            return ((process.alpha(t) / process.sigma(t)) ** 2).clamp(min=1, max=1e4)
+        # relative to the scale of the state: the same for each process
+        return reach(process, t, s) ** 2 / (process.alpha(s) ** 2 + process.sigma(s) ** 2)
 
     @torch.no_grad()
     def target(
@@ -114,8 +131,13 @@ class Progressive(Method):
         half = ddim_step(process, x, predict(previous, x, t, conditions), t, middle)
         end = ddim_step(process, half, predict(previous, half, middle, conditions), middle, s)
         ratio = process.sigma(s) / process.sigma(t)
-        return (end - column(ratio, x) * x) / column(process.alpha(s) - ratio * process.alpha(t), x)
+        return (end - column(ratio, x) * x) / column(reach(process, t, s), x)
 
     def after_update(self, step: int) -> None:
         if step + 1 < self.whole and self.stage(step + 1) > self.stage(step):
             self.nets["previous"].load_state_dict(self.nets["student"].state_dict())
+
+
+def reach(process: Process, t: Tensor, s: Tensor) -> Tensor:
+    """How much of the clean sample a DDIM step from t adds to the state at s (B,)."""
+    return process.alpha(s) - process.sigma(s) / process.sigma(t) * process.alpha(t)
