@@ -372,7 +372,8 @@ def test_the_conditions_of_a_measurement_have_the_shares_of_the_data(count: int)
     labels = digits("train")[1]
     share = torch.bincount(labels, minlength=10).double() / len(labels)
     places = data.spread(count, GROUPS, seed=3)
-    assert places.shape == (count,) and int(places.min()) >= 0 and int(places.max()) < len(data)
+    assert places.shape == (count,)
+    assert 0 <= int(places.min()) <= int(places.max()) < len(data)
     for group in range(min(count, GROUPS)):
         own = labels[places[group::GROUPS]]
         found = torch.bincount(own, minlength=10).double()

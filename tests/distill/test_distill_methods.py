@@ -369,36 +369,35 @@ def test_progressive_target_is_two_ddim_steps(process: fs.Process) -> None:
         torch.testing.assert_close(ddim_step(process, x, target, t, s), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("weighting", ["step", "snr"])
 @pytest.mark.parametrize("process", [VP, fs.Flow(), fs.EDM()], ids=lambda p: f"{p!r:.10}")
-def test_progressive_weighs_what_steps_arrive_at(process: fs.Process) -> None:
+def test_progressive_weighs_what_steps_arrive_at(process: fs.Process, weighting: str) -> None:
     """The loss is the squared error of the next state, in units of its scale; by "snr" it is the paper's."""
     teacher = fs.wrap(Linear(), process, "v", dtype=torch.float64, sample_shape=SHAPE)
     batch = Batch.of(torch.randn(16, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    for weighting in ("step", "snr"):
-        method = distill.Progressive(teacher, first=4, total=10, weighting=weighting)
-        with torch.no_grad():
-            for p in method.nets["student"].parameters():
-                p.add_(0.1)
-        seen: list[tuple[Tensor, ...]] = []
-        target = method.target
+    method = distill.Progressive(teacher, first=4, total=10, weighting=weighting)
+    with torch.no_grad():
+        for p in method.nets["student"].parameters():
+            p.add_(0.1)
+    seen: list[tuple[Tensor, ...]] = []
+    target = method.target
 
-        def watched(previous: Any, x: Tensor, t: Tensor, middle: Tensor, s: Tensor, conditions: Any) -> Tensor:
-            seen.append((x, t, s, target(previous, x, t, middle, s, conditions)))  # noqa: B023
-            return seen[-1][-1]
+    def watched(previous: Any, x: Tensor, t: Tensor, middle: Tensor, s: Tensor, given: Any) -> Tensor:
+        seen.append((x, t, s, target(previous, x, t, middle, s, given)))
+        return seen[-1][-1]
 
-        method.target = watched  # type: ignore[method-assign, assignment]
-        loss = method.loss(batch)
-        ((x, t, s, wanted),) = seen
-        got = method.predict("student", x, t, batch)
-        if weighting == "step":
-            ends = (ddim_step(process, x, x0, t, s) for x0 in (got, wanted))
-            scale = torch.sqrt(process.alpha(s) ** 2 + process.sigma(s) ** 2)
-            ours, theirs = (end / scale.reshape(-1, 1, 1, 1) for end in ends)
-            expected = (ours - theirs).square().mean(dim=(1, 2, 3))
-        else:
-            snr = (process.alpha(t) / process.sigma(t)) ** 2
-            expected = torch.maximum(snr, torch.ones(())) * (got - wanted).square().mean(dim=(1, 2, 3))
-        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+    method.target = watched  # type: ignore[method-assign, assignment]
+    loss = method.loss(batch)
+    ((x, t, s, wanted),) = seen
+    got = method.predict("student", x, t, batch)
+    if weighting == "step":
+        scale = torch.sqrt(process.alpha(s) ** 2 + process.sigma(s) ** 2).reshape(-1, 1, 1, 1)
+        ours, theirs = (ddim_step(process, x, x0, t, s) / scale for x0 in (got, wanted))
+        expected = (ours - theirs).square().mean(dim=(1, 2, 3))
+    else:
+        snr = (process.alpha(t) / process.sigma(t)) ** 2
+        expected = snr.clamp(min=1) * (got - wanted).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_progressive_halves_in_stages() -> None:
