@@ -101,7 +101,9 @@ class Evaluation:
         places = self.data.spread(self.samples, moments.groups, seed)
         sampler = student.sampler(steps)
         for index in torch.arange(self.samples).split(self.batch_size):
-            conditions = self.data.rows(places[index], self.device)[1] if self.data.names else {}
+            conditions: dict[str, Any] = {}
+            if self.data.names:
+                conditions = self.data.rows(places[index], self.device)[1]
             x = sampler(shape=(len(index), *self.data.shape), seed=seed, index=index, **conditions)
             moments.update(self.extractor(self._bytes(x)), index)
         return moments
