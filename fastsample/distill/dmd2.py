@@ -19,10 +19,10 @@ class DMD2(ScoreDistillation):
     """DMD2: the generator follows the difference of the fake network's and the teacher's scores.
 
     Args:
-        ratio: updates of the fake network for one of the generator (two time scales; section 4.2: 5).
+        ratio: updates of the fake network for one of the generator (two time scales; the paper, section 4.2: 5).
     """
 
-    ratio: int = 5
+    ratio: int = 2
     gan: float = 3e-2
     gan_fake: float = 3e-2
 

@@ -34,7 +34,7 @@ class Progressive(Method):
             noisiest times, where they hardly count in short steps; by "snr" their errors outweigh all others.
     """
 
-    first: int = 8
+    first: int = 16
     last: int = 1
     grid: str | None = None
     weighting: str = "step"

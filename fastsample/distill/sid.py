@@ -23,9 +23,12 @@ class SiD(ScoreDistillation):
 
     Args:
         alpha: 1 is the score identity alone; the paper's best is 1.2.
+        gan, gan_fake: as for every score distillation; the discriminator draws towards data that the teacher misses.
     """
 
     alpha: float = 1.2
+    gan: float = 0.4
+    gan_fake: float = 0.4
 
     limits: ClassVar[dict[str, Limit]] = {"alpha": Limit()}
 
