@@ -329,6 +329,8 @@ class _Run:
             self.own[role] = own_parameters(net)
         if self.sharded:
             self._shard_others()
+        # accelerate's own step looks for an optional package every time; it is needed for a scaler and on TPUs
+        self.wrapped_step = self.accelerator.scaler is not None or self.accelerator.distributed_type == "XLA"
         self.best = Best(folder / "best.safetensors")
         self.evaluation = Evaluation(
             trainer.metric, trainer.samples, self.data, self.device, decode=method.teacher.decode
@@ -596,8 +598,7 @@ class _Run:
                     f"{batch.step * self.trainer.batch_size} on; loss {value}, gradient norm {norm}); nothing was "
                     f"updated; {self.checkpoints.last_good()}; try a smaller learning_rate or clip"
                 )
-            # accelerate's own step looks for an optional package every time, and is needed for its scaler alone
-            (optimizer if scaled else optimizer.optimizer).step()
+            (optimizer if self.wrapped_step else optimizer.optimizer).step()
             optimizer.zero_grad(set_to_none=True)
             losses[f"loss.{role}"] = value
             losses[f"norm.{role}"] = norm
