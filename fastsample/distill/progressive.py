@@ -10,12 +10,11 @@ from torch import Tensor
 
 from .. import grids
 from ..errors import unknown
-from ..process import Process
 from .batch import Batch
 from .limits import COUNT, Limit
 from .method import Method, squared
 from .prediction import column, noised, predict
-from .teacher import ddim_step
+from .teacher import ddim_coefficients, ddim_step
 
 WEIGHTINGS = ("step", "snr")
 
@@ -120,7 +119,8 @@ class Progressive(Method):
             # kept finite where the paper's schedule ends
             return ((process.alpha(t) / process.sigma(t)) ** 2).clamp(min=1, max=1e4)
         # relative to the scale of the state: the same for each process
-        return reach(process, t, s) ** 2 / (process.alpha(s) ** 2 + process.sigma(s) ** 2)
+        _, of_clean = ddim_coefficients(process, t, s)
+        return of_clean**2 / (process.alpha(s) ** 2 + process.sigma(s) ** 2)
 
     @torch.no_grad()
     def target(
@@ -130,14 +130,9 @@ class Progressive(Method):
         process = self.teacher.process
         half = ddim_step(process, x, predict(previous, x, t, conditions), t, middle)
         end = ddim_step(process, half, predict(previous, half, middle, conditions), middle, s)
-        ratio = process.sigma(s) / process.sigma(t)
-        return (end - column(ratio, x) * x) / column(reach(process, t, s), x)
+        of_state, of_clean = ddim_coefficients(process, t, s)
+        return (end - column(of_state, x) * x) / column(of_clean, x)
 
     def after_update(self, step: int) -> None:
         if step + 1 < self.whole and self.stage(step + 1) > self.stage(step):
             self.nets["previous"].load_state_dict(self.nets["student"].state_dict())
-
-
-def reach(process: Process, t: Tensor, s: Tensor) -> Tensor:
-    """How much of the clean sample a DDIM step from t adds to the state at s (B,)."""
-    return process.alpha(s) - process.sigma(s) / process.sigma(t) * process.alpha(t)

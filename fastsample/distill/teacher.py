@@ -13,11 +13,17 @@ from ..process import Process
 from .prediction import column, predict
 
 
-def ddim_step(process: Process, x: Tensor, x0: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """From times ``s`` to ``t`` (B,) with the clean sample held (Song, Meng & Ermon 2021, eq. 12, eta = 0)."""
+def ddim_coefficients(process: Process, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """What a DDIM step from times ``s`` to ``t`` (B,) takes of the state and of the clean sample, float64 (B,)."""
     (alpha_s, sigma_s, _), (alpha_t, sigma_t, _) = process._look_up(s), process._look_up(t)
     ratio = sigma_t / sigma_s
-    return column(ratio, x) * x + column(alpha_t - ratio * alpha_s, x) * x0
+    return ratio, alpha_t - ratio * alpha_s
+
+
+def ddim_step(process: Process, x: Tensor, x0: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """From times ``s`` to ``t`` (B,) with the clean sample held (Song, Meng & Ermon 2021, eq. 12, eta = 0)."""
+    of_state, of_clean = ddim_coefficients(process, s, t)
+    return column(of_state, x) * x + column(of_clean, x) * x0
 
 
 @torch.no_grad()
