@@ -15,7 +15,7 @@ from .consistency import ConsistencyModel
 from .draws import Draws
 from .limits import POSITIVE, WEIGHT, Limit
 from .method import squared
-from .prediction import column, known_phi, predict, time_of_phi
+from .prediction import column, known_phi, predict, radius, time_of_phi
 from .tangent import WithTangents, one_sided
 
 
@@ -76,10 +76,9 @@ class SCM(WithTangents, ConsistencyModel):
         phi = known_phi(process, phi.clamp(*self.angles))
         t, rate = angle_to_time(process, phi)
         cos, sin = torch.cos(phi), torch.sin(phi)
-        radius = torch.sqrt(process.alpha(t) ** 2 + process.sigma(t) ** 2)
         eps, x0 = batch.normal("eps"), batch.data
         z = column(cos, x0) * x0 + column(sin, x0) * eps
-        x = column(radius, z) * z
+        x = column(radius(process, t), z) * z
         if self.from_teacher:
             with torch.no_grad():
                 direction = predict(self.teacher, x, t, batch.conditions, "v")
@@ -111,12 +110,10 @@ class SCM(WithTangents, ConsistencyModel):
         scaled = torch.cos(phi) * torch.sin(phi)
         with torch.enable_grad():
             time = t.detach().clone().requires_grad_()
-            radius = torch.sqrt(process.alpha(time) ** 2 + process.sigma(time) ** 2)
-            grows = (
-                torch.autograd.grad(radius.sum(), time)[0] if radius.requires_grad else torch.zeros_like(time)
-            )
+            size = radius(process, time)
+            grows = torch.autograd.grad(size.sum(), time)[0] if size.requires_grad else torch.zeros_like(time)
         # x = radius z; the factor cos sin keeps all tangents small (appendix B)
-        dx = column(scaled * radius.detach(), z) * direction + column(scaled * rate * grows, z) * z
+        dx = column(scaled * size.detach(), z) * direction + column(scaled * rate * grows, z) * z
         student = self.denoiser("student")
         return self._tangent(
             student,
@@ -150,8 +147,7 @@ class SCM(WithTangents, ConsistencyModel):
             # z and dz/dphi turn into each other while the clean sample and the noise stay
             cos, sin = (column(f(angle - phi), z) for f in (torch.cos, torch.sin))
             t = time_of_phi(process, angle)
-            radius = torch.sqrt(process.alpha(t) ** 2 + process.sigma(t) ** 2)
-            x = column(radius, z) * (cos * z + sin * direction)
+            x = column(radius(process, t), z) * (cos * z + sin * direction)
             draws.again()
             values.append(self.predict("student", x, t, batch, "v"))
             gaps.append(phi - angle)

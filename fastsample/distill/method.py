@@ -22,7 +22,7 @@ from ..prediction import canonical, coefficients
 from .adapters import conditioned
 from .batch import Batch
 from .limits import Limit, check
-from .prediction import noised, predict, time_of_phi
+from .prediction import noised, predict, radius, time_of_phi
 from .weights import duplicate, moving, own_parameters
 
 log = logging.getLogger(__name__)
@@ -151,8 +151,7 @@ class Method:
             return "v"
         _, q = coefficients(start.prediction, process.alpha(t), process.sigma(t), "x0")
         # where alpha = 1 (EDM) the state itself is as large: relative to it
-        scale = torch.sqrt(process.alpha(t) ** 2 + process.sigma(t) ** 2)
-        return "v" if float(q.abs() / scale) > AMPLIFICATION else start.prediction
+        return "v" if float(q.abs() / radius(process, t)) > AMPLIFICATION else start.prediction
 
     # -- what a method fills in ------------------------------------------------------------------------------
 

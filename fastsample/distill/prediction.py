@@ -33,6 +33,12 @@ def noised(process: Process, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return column(alpha, x0) * x0 + column(sigma, x0) * eps
 
 
+def radius(process: Process, t: Tensor) -> Tensor:
+    """``sqrt(alpha^2 + sigma^2)`` at times t: 1 for VP, and how much larger than that the states of others are."""
+    alpha, sigma, _ = process._look_up(t)
+    return torch.hypot(alpha, sigma)
+
+
 def time_of_rho(process: Process, rho: Tensor) -> Tensor:
     """Times at noise levels ``sigma / alpha`` (B,), moved into the trained range; both ends are exact."""
     least, most = float(process.rho(process.t_end)), float(process.rho(process.t_start))

@@ -13,7 +13,7 @@ from ..errors import unknown
 from .batch import Batch
 from .limits import COUNT, Limit
 from .method import Method, squared
-from .prediction import column, noised, predict
+from .prediction import column, noised, predict, radius
 from .teacher import ddim_coefficients, ddim_step
 
 WEIGHTINGS = ("step", "snr")
@@ -120,7 +120,7 @@ class Progressive(Method):
             return ((process.alpha(t) / process.sigma(t)) ** 2).clamp(min=1, max=1e4)
         # relative to the scale of the state: the same for each process
         _, of_clean = ddim_coefficients(process, t, s)
-        return of_clean**2 / (process.alpha(s) ** 2 + process.sigma(s) ** 2)
+        return of_clean**2 / radius(process, s) ** 2
 
     @torch.no_grad()
     def target(

@@ -16,7 +16,7 @@ from .batch import Batch
 from .judge import Judging
 from .limits import COUNT, POSITIVE, SHARE, WEIGHT, Limit
 from .method import Method, squared
-from .prediction import column, consistency_function, noised, predict
+from .prediction import column, consistency_function, noised, predict, radius
 
 
 @dataclass
@@ -119,8 +119,8 @@ class ScoreDistillation(Method):
     def following(self, x_t: Tensor, x0: Tensor, eps: Tensor, t: Tensor, conditions: Any) -> Tensor:
         """The fake network's denoising loss (B,), of its v."""
         process = self.teacher.process
-        radius = torch.sqrt(process.alpha(t) ** 2 + process.sigma(t) ** 2)
-        v = column(process.alpha(t) / radius, x0) * eps - column(process.sigma(t) / radius, x0) * x0
+        size = radius(process, t)
+        v = column(process.alpha(t) / size, x0) * eps - column(process.sigma(t) / size, x0) * x0
         return squared(predict(self.denoiser("fake"), x_t, t, conditions, "v") - v)
 
     @property
