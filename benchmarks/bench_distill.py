@@ -99,7 +99,7 @@ class Bare:
     reflow = knowledge
 
     def consistency(self) -> None:
-        self.frozen("teacher", "target")
+        self.frozen(*["teacher"] * getattr(self.method, "order", 1), "target")
         self.learn("student")
 
     lcm = consistency

@@ -119,7 +119,7 @@ class ECT(_DataDriven):
     q: float = 2.0
     k: float = 8.0
     b: float = 1.0
-    stages: int = 5
+    stages: int = 7
     c: float = 0.06
 
     limits: ClassVar[dict[str, Limit]] = {

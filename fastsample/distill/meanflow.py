@@ -25,6 +25,8 @@ class MeanFlow(WithTangents, StepSized):
 
     Args:
         different: the share of samples with r != t (the paper: 0.25).
+        full: the share of those whose r is 0, where sampling ends (the paper: none). A single step is from the noisiest
+            time to there, a corner of the drawn intervals that a short training hardly sees.
         times: "uniform", so that one step from pure noise has its share in a short training, or "logit_normal"
             (the paper).
         p_mean, p_std: of logit-normal t and r (the paper: -0.4, 1).
@@ -36,6 +38,7 @@ class MeanFlow(WithTangents, StepSized):
     """
 
     different: float = 0.5
+    full: float = 0.1
     times: str = "uniform"
     p_mean: float = -0.4
     p_std: float = 1.0
@@ -46,6 +49,7 @@ class MeanFlow(WithTangents, StepSized):
 
     limits: ClassVar[dict[str, Limit]] = {
         "different": SHARE,
+        "full": SHARE,
         "p_mean": Limit(),
         "p_std": POSITIVE,
         "power": WEIGHT,
@@ -65,7 +69,9 @@ class MeanFlow(WithTangents, StepSized):
         both = [self.tau_max * self.time(batch, name) for name in ("t", "r")]
         tau = torch.maximum(*both).clamp(min=self.tau_min)
         lower = torch.minimum(torch.minimum(*both), tau)
-        lower = torch.where(batch.uniform("different") < self.different, lower, tau)
+        chosen = batch.uniform("different")
+        lower = torch.where(chosen < self.different, lower, tau)
+        lower = torch.where(chosen < self.different * self.full, 0.0, lower)
         tau = known_fraction(self.teacher.process, tau)[1]
         lower = torch.minimum(lower, tau)
         t, rate = self.time_and_rate(tau)
