@@ -79,6 +79,24 @@ class Consistency(ConsistencyModel):
                 f"{len(self.times) - 1}"
             )
 
+    @property
+    def solver_options(self) -> dict[str, Any]:
+        options = super().solver_options
+        if self.jitter:
+            return options
+        counts = range(1, min(8, self.intervals) + 1)
+        return options | {"grids": {str(n): self.known_times(n) for n in counts}}
+
+    def known_times(self, steps: int) -> list[float]:
+        """Times of the grid for a number of steps, nearest to even angles: others are not learnt without jitter."""
+        phi = self.teacher.process.phi(self.times)
+        places: list[int] = []
+        for left in range(steps, 0, -1):
+            nearest = int((phi - phi[-1] * left / steps).abs().argmin())
+            last = places[-1] if places else len(phi)
+            places.append(max(left, min(nearest, last - 1)))
+        return [*self.times[places].tolist(), self.teacher.process.t_zero]
+
     def objective(self, batch: Batch, role: str) -> Tensor:
         u = batch.uniform("t", stratified=True) * self.intervals
         n = u.long()

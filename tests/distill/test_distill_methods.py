@@ -108,6 +108,19 @@ def test_consistency_distillation_vanishes_at_the_truth(metric: str, elsewhere: 
     assert float(method.loss(mixture_batch()).mean()) > elsewhere
 
 
+@pytest.mark.parametrize("intervals", [3, 8, 24])
+def test_without_jitter_students_sample_at_the_times_of_the_grid(intervals: int) -> None:
+    method = distill.Consistency(mixture_teacher(), true_student(), intervals=intervals, jitter=False)
+    known = set(method.times.tolist())
+    for steps in range(1, min(8, intervals) + 1):
+        times = method.known_times(steps)
+        assert len(times) == steps + 1
+        assert all(a > b for a, b in itertools.pairwise(times)), times
+        assert set(times) <= known
+        assert list(method.plan(steps).grid) == times
+    assert method.known_times(1)[0] == pytest.approx(method.teacher.process.t_start)
+
+
 @pytest.mark.parametrize(("order", "slope"), [(1, 2), (2, 3)])
 def test_discrete_loss_approaches_it_at_the_teachers_order(order: int, slope: int) -> None:
     """At the true function the error of one teacher step is left: h^(order + 1)."""
@@ -311,11 +324,13 @@ def test_shortcut_sampling_is_exact_for_exact_velocities(steps: int) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("full", [0.0, 1.0])
 @pytest.mark.parametrize("jvp", ["forward", "secant"])
 @pytest.mark.parametrize("process", STRAIGHT, ids=lambda p: f"{p!r:.10}")
-def test_meanflow_identity(process: fs.Process, jvp: str) -> None:
+def test_meanflow_identity(process: fs.Process, jvp: str, full: float) -> None:
     """At the exact average velocity the target is the velocity itself; elsewhere it is not."""
-    method = distill.MeanFlow(gaussian(process), from_teacher=True, different=1.0, jvp=jvp, width=1e-4)
+    options = {"from_teacher": True, "different": 1.0, "full": full, "width": 1e-4}
+    method = distill.MeanFlow(gaussian(process), jvp=jvp, **options)
     x = 0.5 * torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss = method.loss(Batch.of(x, 0))
     assert float(loss.max()) < 1e-4, loss  # weight * square: 1 where the error is large
@@ -434,6 +449,27 @@ def test_meanflow_times() -> None:
     assert (float(z.mean()), float(z.std())) == pytest.approx((-0.4, 1.0), abs=0.05)
     with pytest.raises(ValueError, match="did you mean 'uniform'"):
         distill.MeanFlow(gaussian(fs.Flow()), times="unifrom")
+
+
+@pytest.mark.parametrize(("different", "full"), [(0.5, 0.1), (0.8, 0.5), (0.5, 0.0), (0.0, 1.0)])
+def test_meanflow_draws_whole_intervals(different: float, full: float) -> None:
+    """Of the samples with r != t, a share has r = 0, as one step of sampling has."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Watched(distill.MeanFlow):
+        def velocity(self, role: str, x: Any, t: Any, step: Any, conditions: Any) -> torch.Tensor:
+            seen.append((t, step))
+            return super().velocity(role, x, t, step, conditions)
+
+    method = Watched(gaussian(fs.Flow()), different=different, full=full, jvp="forward")
+    method.loss(Batch.of(torch.zeros(4000, *SHAPE, dtype=torch.float64)))
+    tau, size = seen[-1]  # a flow's time is its fraction
+    moved = size > 1e-9
+    assert float(moved.double().mean()) == pytest.approx(different, abs=0.03)
+    whole = ((size - tau).abs() < 1e-9).double().mean()
+    assert float(whole) == pytest.approx(different * full, abs=0.03)
+    if full == 0:
+        assert not whole
 
 
 # -- score distillation --------------------------------------------------------------------------------------
