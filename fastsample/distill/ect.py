@@ -112,7 +112,8 @@ class ECT(_DataDriven):
     Args:
         q: by how much t - r shrinks from stage to stage (2 for small data; 4 for ImageNet).
         k, b: of n(t).
-        stages: their number (the paper: 8 for 400,000 updates).
+        stages: their number (the paper: 8 for 400,000 updates). A small network stands still at the discretisation of
+            each after some hundred updates, so that one step gets better by more of them.
         c: of the pseudo-Huber (0.06 for CIFAR-10 in the authors' configuration).
     """
 
