@@ -99,7 +99,8 @@ class Bare:
     reflow = knowledge
 
     def consistency(self) -> None:
-        self.frozen(*["teacher"] * getattr(self.method, "order", 1), "target")
+        passes = getattr(self.method, "order", 1) * self.method.substeps
+        self.frozen(*["teacher"] * passes, "target")
         self.learn("student")
 
     lcm = consistency

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,13 +18,18 @@ from .method import Method, follow, pseudo_huber, squared
 from .prediction import column, consistency_function, noised
 from .teacher import teacher_step
 
-LEAST = 0.02  # of sin(phi) in the weights, below which weights do not grow
 METRICS = {"pseudo_huber": pseudo_huber, "l2": squared}
 
 
-def as_v(error: Tensor, process: Process, t: Tensor) -> Tensor:
-    """Errors of the clean sample as errors of v: they are sin(phi) times those, and little noise would not count."""
-    return error / column(torch.sin(process.phi(t)).clamp(min=LEAST), error)
+def as_v(error: Tensor, process: Process, t: Tensor, least: float = 0.02) -> Tensor:
+    """Errors of the clean sample as errors of v: they are sin(phi) times those, and little noise would not count.
+
+    Args:
+        error: of the clean sample (B, ...).
+        process, t: its times (B,).
+        least: of sin(phi), below which the weights do not grow.
+    """
+    return error / column(torch.sin(process.phi(t)).clamp(min=least), error)
 
 
 @dataclass
@@ -45,7 +51,9 @@ class Consistency(ConsistencyModel):
     ``x_{n+1} = alpha x_0 + sigma eps``, and the target follows the student as a moving average (eq. 8).
 
     Args:
-        intervals: N - 1, the number of intervals of the grid (the paper: 17).
+        intervals: N - 1, the number of intervals of the grid (the paper: 17), each a link of the chain that ties the
+            student at pure noise to the teacher. Errors add up along it.
+        substeps: steps of the teacher in an interval (the paper: 1): a chain of few links with a finer teacher.
         grid: the times, by name of ``fs.grids``; by default the process's own (the paper: Karras').
         jitter: t is anywhere on the grid's curve and x_n one interval below it, so that the student knows all
             times; False is the paper's, whose student knows the grid's times alone.
@@ -55,14 +63,17 @@ class Consistency(ConsistencyModel):
             the chain that have small ones outweigh the one that ties the student to the teacher.
     """
 
-    intervals: int = 24
+    intervals: int = 4
+    substeps: int = 6
     grid: str | None = None
     jitter: bool = True
     order: int = 1
     target_decay: float = 0.95
     metric: str = "l2"
 
-    limits: ClassVar[dict[str, Limit]] = {"intervals": COUNT, "target_decay": DECAY}
+    learning_rate: ClassVar[float] = 2e-3
+    converts: ClassVar[bool] = False
+    limits: ClassVar[dict[str, Limit]] = {"intervals": COUNT, "substeps": COUNT, "target_decay": DECAY}
 
     def build(self) -> None:
         if self.metric not in METRICS:
@@ -72,12 +83,16 @@ class Consistency(ConsistencyModel):
         self.nets["target"] = self.copy_of("student")
         # from the least noise to the most: t_1 .. t_N of the paper, with zero noise before them
         process = self.teacher.process
-        self.times = grids.make(self.grid or process.grid, process, self.intervals, end="zero").flip(0)
-        if len(self.times) != self.intervals + 1:
+        steps = self.intervals * self.substeps
+        self.fine = grids.make(self.grid or process.grid, process, steps, end="zero").flip(0)
+        if len(self.fine) != steps + 1:
             raise ValueError(
-                f"intervals={self.intervals}: the network knows too few times for so many; the grid has "
-                f"{len(self.times) - 1}"
+                f"intervals={self.intervals}, substeps={self.substeps}: the network knows too few times for so many; "
+                f"the grid has {len(self.fine) - 1}"
             )
+        self.times = self.fine[:: self.substeps]
+        # in the first interval the teacher itself is the target: nothing is tied to the times within
+        self.least = float(torch.sin(process.phi(self.times[1])))
 
     @property
     def solver_options(self) -> dict[str, Any]:
@@ -99,23 +114,25 @@ class Consistency(ConsistencyModel):
 
     def objective(self, batch: Batch, role: str) -> Tensor:
         u = batch.uniform("t", stratified=True) * self.intervals
-        n = u.long()
-        t, s = self.times[n + 1], self.times[n]
-        if self.jitter:
-            # half an interval more, so that the noisiest time has its share
-            u = (u * (1 + 0.5 / self.intervals)).clamp(max=self.intervals)
-            t, s = self.at(u), self.at((u - 1).clamp(min=0))
+        # with jitter half an interval more, so that the noisiest time has its share
+        u = (u * (1 + 0.5 / self.intervals)).clamp(max=self.intervals) if self.jitter else u.floor() + 1
+        below = (u - 1).clamp(min=0)
+        path = [self.at(torch.lerp(u, below, j / self.substeps)) for j in range(self.substeps + 1)]
+        t, s = path[0], path[-1]
         x = noised(self.teacher.process, batch.data, batch.normal("eps"), t)
-        before = self.step(x, t, s, batch)
+        before = x
+        for i, j in itertools.pairwise(path):
+            before = self.step(before, i, j, batch)
         with torch.no_grad():
             target = consistency_function(self.denoiser("target"), before, s, batch.conditions)
         end = consistency_function(self.denoiser("student"), x, t, batch.conditions)
-        return METRICS[self.metric](as_v(end - target, self.teacher.process, t))
+        return METRICS[self.metric](as_v(end - target, self.teacher.process, t, self.least))
 
     def at(self, place: Tensor) -> Tensor:
-        """Times at places (B,) along the grid, between its points linearly."""
-        n = place.long().clamp(max=self.intervals - 1)
-        t = torch.lerp(self.times[n], self.times[n + 1], place - n)
+        """Times (B,) at places along the grid, in intervals from the data; linear between the teacher's steps."""
+        place = place * self.substeps
+        n = place.long().clamp(max=len(self.fine) - 2)
+        t = torch.lerp(self.fine[n], self.fine[n + 1], place - n)
         return self.teacher.process.snap(t)
 
     def step(self, x: Tensor, t: Tensor, s: Tensor, batch: Batch) -> Tensor:

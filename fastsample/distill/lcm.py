@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 class LCM(Method):
     """Latent consistency distillation, algorithm 1: guidance is distilled too, and the student is told its scale.
 
-    ``d(f_theta(z_{n+k}, w, c, t_{n+k}), f_target(z_n, w, c, t_n))``, where ``z_n`` is one DDIM step over ``k``
+    ``d(f_theta(z_{n+k}, w, c, t_{n+k}), f_target(z_n, w, c, t_n))``, where ``z_n`` is where DDIM gets over ``k``
     training times by the teacher guided with ``w ~ U[w_min, w_max]`` (the augmented ODE, eq. 9, 14 and 15), and
     ``f = c_skip z + c_out x_0`` (eq. 8) with the scalings of the solver "lcm".
 
@@ -40,9 +41,10 @@ class LCM(Method):
     Args:
         w_min, w_max: the range of w (the paper: 2 to 14); equal ones distil one scale, of which the student need
             not be told (LCM-LoRA).
-        skip: k, training times a DDIM step (section 4.3: 20). The student has to add up ``train_steps / skip`` of
-            them, and 20 are learnt in thousands of updates. diffusers' LCMScheduler calls that number
-            ``original_inference_steps`` and takes 50 unless told.
+        skip: k, training times from z_{n+k} to z_n (section 4.3: 20). The student has to add up ``train_steps / skip``
+            of these links, along which errors add up, too: 50 are too many for thousands of updates. diffusers'
+            LCMScheduler calls that number ``original_inference_steps`` and takes 50 unless told.
+        substeps: DDIM steps over these times (the paper: 1): a chain of few links with a finer teacher.
         train_steps: N, the number of training times, laid on the process's own grid.
         target_decay: mu of the target's moving average (the paper: 0.999943, over 100,000 updates).
         metric: "l2" (the paper) or "pseudo_huber", whose force does not shrink with the error.
@@ -54,7 +56,8 @@ class LCM(Method):
 
     w_min: float = 2.0
     w_max: float = 14.0
-    skip: int = 50
+    skip: int = 125
+    substeps: int = 3
     train_steps: int = 1000
     target_decay: float = 0.95
     metric: str = "l2"
@@ -62,10 +65,13 @@ class LCM(Method):
     timestep_scaling: float = 10.0
     at: str | None = None
 
+    learning_rate: ClassVar[float] = 2e-3
+    converts: ClassVar[bool] = False
     limits: ClassVar[dict[str, Limit]] = {
         "w_min": WEIGHT,
         "w_max": WEIGHT,
         "skip": COUNT,
+        "substeps": COUNT,
         "train_steps": COUNT,
         "target_decay": DECAY,
         "timestep_scaling": POSITIVE,
@@ -82,6 +88,10 @@ class LCM(Method):
         if self.skip >= self.train_steps:
             raise ValueError(
                 f"skip={self.skip}, train_steps={self.train_steps}: need 1 <= skip < train_steps"
+            )
+        if self.substeps > self.skip:
+            raise ValueError(
+                f"substeps={self.substeps}, skip={self.skip}: a DDIM step is over one training time at least"
             )
         process = self.teacher.process
         # by training index: from the least noise to the most
@@ -127,10 +137,15 @@ class LCM(Method):
 
     def objective(self, batch: Batch, role: str) -> Tensor:
         n = ((batch.uniform("t", stratified=True) * self.count).long() + 1) * self.skip - 1
-        t, s = self.times[n], self.times[(n - self.skip).clamp(min=0)]
+        path = [
+            self.times[(n - self.skip * j // self.substeps).clamp(min=0)] for j in range(self.substeps + 1)
+        ]
+        t, s = path[0], path[-1]
         w = self.w_min + (self.w_max - self.w_min) * batch.uniform("w")
         x = noised(self.teacher.process, batch.data, batch.normal("eps"), t)
-        before = self.step(x, t, s, w, batch.conditions)
+        before = x
+        for i, j in itertools.pairwise(path):
+            before = self.step(before, i, j, w, batch.conditions)
         told = {**batch.conditions, **({"guidance": (1 + w).to(x.device, x.dtype)} if self.told else {})}
         with torch.no_grad():
             target = self.end(self.denoiser("target"), before, s, told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_the_target_is_a_guided_ddim_step() -> None:
 
 def test_the_loss_asks_for_that_target() -> None:
     """The whole loss, from the paper's words, at the times that it may draw."""
-    method = distill.LCM(labelled(), prediction="eps", w_min=3.0, w_max=3.0, space="x0", skip=20)
+    method = distill.LCM(labelled(), prediction="eps", w_min=3.0, w_max=3.0, space="x0", skip=20, substeps=1)
     x, labels = noise(50).clamp(-1, 1), torch.arange(50) % 3
     batch = Batch.of(x, labels=labels)
     asked: list[Tensor] = []
@@ -103,6 +104,31 @@ def test_the_loss_asks_for_that_target() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("substeps", [1, 3, 4])
+def test_a_link_is_as_many_ddim_steps_of_whole_training_times(substeps: int) -> None:
+    method = distill.LCM(labelled(), prediction="eps", w_min=3.0, w_max=3.0, skip=125, substeps=substeps)
+    asked: list[tuple[Tensor, Tensor]] = []
+    step = method.step
+
+    def listening(x: Tensor, t: Tensor, s: Tensor, w: Tensor, conditions: Any) -> Tensor:
+        asked.append((t, s))
+        return step(x, t, s, w, conditions)
+
+    method.step = listening  # type: ignore[method-assign]
+    batch = Batch.of(noise(8).clamp(-1, 1), labels=torch.arange(8) % 3)
+    method.loss(batch)
+    n = torch.arange(1, 9, dtype=torch.float64) * 125 - 1  # stratified: each link once
+    times = [asked[0][0], *(s for _, s in asked)]
+    assert len(asked) == substeps
+    assert torch.equal(times[0], n)
+    assert torch.equal(times[-1], (n - 125).clamp(min=0))
+    for (_, low), (high, _) in itertools.pairwise(asked):
+        assert torch.equal(low, high)
+    widths = [float((a - b)[-1]) for a, b in itertools.pairwise(times)]
+    assert all(w == round(w) for w in widths)
+    assert max(widths) - min(widths) <= 1
+
+
 def test_every_link_of_the_chain_weighs_the_same() -> None:
     """The first one alone ties the student to the teacher; in x0 it weighs less than a hundredth of the last."""
 
@@ -114,7 +140,13 @@ def test_every_link_of_the_chain_weighs_the_same() -> None:
 
     def curvature(**settings: Any) -> Tensor:
         method = distill.LCM(
-            labelled().replace(net=Shifted()), prediction="v", convert=0, w_max=2.0, skip=20, **settings
+            labelled().replace(net=Shifted()),
+            prediction="v",
+            convert=0,
+            w_max=2.0,
+            skip=20,
+            substeps=1,
+            **settings,
         )
         net: Any = method.nets["student"]
         losses = []
@@ -164,7 +196,7 @@ def test_sampling_times_are_those_of_diffusers(steps: int, settings: dict[str, A
         beta_start=1e-4,
         beta_end=0.02,
         beta_schedule="linear",
-        original_inference_steps=1000 // settings.get("skip", 50),
+        original_inference_steps=1000 // settings.get("skip", 125),
     )
     scheduler.set_timesteps(steps)
     assert method.solver_options["grids"][str(steps)] == [*map(float, scheduler.timesteps), -1.0]
@@ -220,6 +252,7 @@ def test_a_networks_own_argument_is_used() -> None:
     [
         ({"w_min": 3.0, "w_max": 2.0}, "w_min=3.0, w_max=2.0"),
         ({"skip": 0}, "skip=0"),
+        ({"skip": 2, "substeps": 3}, "substeps=3, skip=2"),
         ({"skip": 1000}, "skip=1000"),
         ({"metric": "l3"}, "metric='l3'"),
         ({"space": "eps"}, "space='eps'"),

@@ -89,11 +89,18 @@ def true_student(process: fs.Process = VP) -> fs.Denoiser:
     return fs.wrap(TrueConsistency(process), process, "v", dtype=torch.float64, sample_shape=SHAPE)
 
 
+@pytest.mark.parametrize("substeps", [1, 3])
 @pytest.mark.parametrize(("metric", "elsewhere"), [("l2", 3e-3), ("pseudo_huber", 1e-2)])
-def test_consistency_distillation_vanishes_at_the_truth(metric: str, elsewhere: float) -> None:
+def test_consistency_distillation_vanishes_at_the_truth(metric: str, elsewhere: float, substeps: int) -> None:
     """With an exact teacher step the true consistency function has zero loss and zero gradient."""
     method = ExactStep(
-        mixture_teacher(), true_student(), intervals=4, jitter=False, target_decay=0.0, metric=metric
+        mixture_teacher(),
+        true_student(),
+        intervals=4,
+        substeps=substeps,
+        jitter=False,
+        target_decay=0.0,
+        metric=metric,
     )
     loss = method.loss(mixture_batch()).mean()
     loss.backward()
@@ -119,6 +126,67 @@ def test_without_jitter_students_sample_at_the_times_of_the_grid(intervals: int)
         assert set(times) <= known
         assert list(method.plan(steps).grid) == times
     assert method.known_times(1)[0] == pytest.approx(method.teacher.process.t_start)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_substeps_bring_the_loss_to_it_at_the_teachers_order(order: int) -> None:
+    """At the true function and fixed intervals the teacher's error is left: substeps^-order, squared by the loss."""
+    errors, counts = [], [4, 8, 16]
+    for substeps in counts:
+        method = distill.Consistency(
+            mixture_teacher(), true_student(), intervals=4, substeps=substeps, jitter=False, order=order
+        )
+        # of eight stratified samples the first two are in the last interval, whose step to zero noise is of order 1
+        errors.append(float(method.loss(mixture_batch(8))[2:].mean().sqrt()))
+    measured = np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert abs(measured + order) < 0.3, (measured, errors)
+
+
+@pytest.mark.parametrize("jitter", [False, True])
+def test_one_interval_is_regression_on_the_teachers_samples(jitter: bool) -> None:
+    """With a single interval from pure noise the target is what the teacher's sampler makes in as many steps."""
+    process = fs.Flow()
+    teacher = fs.wrap(Linear(), process, "v", sample_shape=SHAPE, dtype=torch.float64)
+    student = fs.wrap(Linear(1), process, "v", sample_shape=SHAPE, dtype=torch.float64)
+    method = distill.Consistency(teacher, student, intervals=1, substeps=6, jitter=jitter)
+    batch = mixture_batch(8)
+    noisiest = torch.ones(8, dtype=torch.bool)
+    if jitter:  # a third of the samples, by half an interval more than there is
+        noisiest = batch.uniform("t", stratified=True) * 1.5 >= 1
+    noise = batch.normal("eps")
+    ends = fs.Sampler(teacher, "ddim", 6, grid=process.grid, end="zero")(noise=noise)
+    jumps = fs.Sampler(method.denoiser(), plan=method.plan(1))(noise=noise)
+    loss = method.loss(batch).detach()
+    assert int(noisiest.sum()) >= 2
+    torch.testing.assert_close(
+        loss[noisiest], (jumps - ends).square().flatten(1).mean(dim=1)[noisiest], rtol=1e-9, atol=0
+    )
+
+
+def test_links_weigh_the_same_in_v_and_the_teachers_own_interval_less() -> None:
+    """Beyond the first interval the squared error of v counts; within, that of the clean sample, continuously."""
+
+    class Shifted(Linear):
+        shift = 0.0
+
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+            return super().forward(x, t) + self.shift
+
+    student = fs.wrap(Shifted(), VP, "v", sample_shape=SHAPE, dtype=torch.float64)
+    method = distill.Consistency(mixture_teacher(), student, intervals=4, substeps=2)
+    net: Any = method.nets["student"]
+    batch = mixture_batch(16)
+    losses = []
+    for net.shift in (-0.1, 0.0, 0.1):
+        losses.append(method.loss(batch).detach())
+    place = (batch.uniform("t", stratified=True) * 4.5).clamp(max=4)
+    size = torch.sin(VP.phi(method.at(place)))
+    expected = 2 * (size / size.clamp(min=float(torch.sin(VP.phi(method.times[1]))))) ** 2
+    assert torch.equal(expected[4:], torch.full((12,), 2.0, dtype=torch.float64))
+    assert float(expected[0]) < 0.5
+    torch.testing.assert_close(
+        (losses[0] + losses[2] - 2 * losses[1]) / 0.1**2, expected, rtol=1e-6, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(("order", "slope"), [(1, 2), (2, 3)])

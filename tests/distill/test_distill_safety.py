@@ -157,7 +157,10 @@ def test_teachers_in_half_precision_have_students_in_single(
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (lambda t: distill.Consistency(t, intervals=24), "intervals=24: the network knows too few times"),
+        (
+            lambda t: distill.Consistency(t, intervals=8, substeps=3),
+            "intervals=8, substeps=3: the network knows too few times for so many; the grid has",
+        ),
         (lambda t: distill.Progressive(t, first=16), "first=16: the network knows too few times"),
     ],
 )
