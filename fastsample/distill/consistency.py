@@ -47,8 +47,10 @@ class ConsistencyModel(Method):
 class Consistency(ConsistencyModel):
     """Consistency distillation, algorithm 2: two neighbours on a teacher's trajectory have one end.
 
-    ``d(f_theta(x_{n+1}, t_{n+1}), f_target(x_n, t_n))`` (eq. 7), where ``x_n`` is one teacher step (Heun) from
-    ``x_{n+1} = alpha x_0 + sigma eps``, and the target follows the student as a moving average (eq. 8).
+    ``d(f_theta(x_{n+1}, t_{n+1}), f_target(x_n, t_n))`` (eq. 7), where ``x_n`` is where the teacher
+    gets from ``x_{n+1} = alpha x_0 + sigma eps``, and the target follows the student as a moving average (eq. 8).
+    Errors are those of v; in the interval next to the data, where the teacher itself is the target, they are those of
+    the clean sample, which weigh less.
 
     Args:
         intervals: N - 1, the number of intervals of the grid (the paper: 17), each a link of the chain that ties the
