@@ -274,12 +274,20 @@ def _check_key(command: str, key: str) -> bool:
         if part not in fields:
             prefix = ".".join(parts[:depth])
             known = [f"{prefix}.{name}" if prefix else name for name in fields]
-            _fail(command, f"no setting {key!r}; {nearest(key, known)}")
+            within = [n for n, f in zip(known, fields.values(), strict=True) if part in _names(f)]
+            also = "".join(f"; there is {name}.{part}" for name in within)
+            _fail(command, f"no setting {key!r}{also}; {nearest(key, known)}")
         inner = fields[part].metadata.get("schema")
         if inner is None:
             return depth < len(parts) - 1
         schema = inner
     return False
+
+
+def _names(field: dataclasses.Field[Any]) -> set[str]:
+    """The settings of a group; none where the field is no group."""
+    schema = field.metadata.get("schema")
+    return {f.name for f in dataclasses.fields(schema)} if schema is not None else set()
 
 
 def _fail(command: str, message: str) -> NoReturn:

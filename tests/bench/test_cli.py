@@ -66,8 +66,13 @@ def test_cfg_job_prints_the_settings_and_runs_nothing(
     ("arguments", "message"),
     [
         (("bnech",), "did you mean 'bench'"),
-        (("bench", "solver=[ddim]"), "no setting 'solver'; did you mean 'solvers'"),
+        (
+            ("bench", "solver=[ddim]"),
+            "no setting 'solver'; there is reference.solver; did you mean 'solvers'",
+        ),
         (("bench", "reference.step=3"), "did you mean 'reference.steps'"),
+        (("distill", "steps=3"), "no setting 'steps'; there is trainer.steps"),
+        (("distill", "samples=3"), "no setting 'samples'; there is evaluation.samples"),
         (("bench", "digits"), "'digits' is not a setting; write key=value"),
         (("sample", "stpes=3"), "did you mean 'steps'"),
         (("sample", "solver=dpmp_2m"), "did you mean 'dpmpp_2m'"),
