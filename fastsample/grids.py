@@ -165,10 +165,14 @@ def uniform(process: Process, steps: int, start: float, end: str) -> Tensor:
 
 
 @register("angle")
-def angle(process: Process, steps: int, start: float, end: str) -> Tensor:
-    """Uniform in the angle ``atan2(sigma, alpha)`` (TrigFlow's time; Lu & Song 2025, section 3)."""
+def angle(process: Process, steps: int, start: float, end: str, exponent: float = 1.0) -> Tensor:
+    """In the angle ``phi = atan2(sigma, alpha)`` (TrigFlow's time; Lu & Song 2025, section 3).
+
+    ``phi_i = phi_n + (phi_0 - phi_n) (1 - i/n)^exponent``: uniform, or finer towards the data for exponent > 1.
+    """
     last = process.t_zero if end == "zero" else process.t_end
-    phi = _line(float(process.phi(start)), float(process.phi(last)), steps + 1)
+    first, final = float(process.phi(start)), float(process.phi(last))
+    phi = final + (first - final) * _falling(steps, exponent)
     return _between_noise_levels(process, torch.tan(phi[1:-1]), start, last)
 
 
@@ -192,9 +196,14 @@ def _between_noise_levels(process: Process, rho: Tensor, start: float, last: flo
 @register("power")
 def power(process: Process, steps: int, start: float, end: str, exponent: float = 1.5) -> Tensor:
     """``t_i = t_end + (t_start - t_end) (1 - i/n)^exponent``: finer towards the data for exponent > 1."""
+    return _between(process, start, end, _falling(steps, exponent))
+
+
+def _falling(steps: int, exponent: float) -> Tensor:
+    """``(1 - i/n)^exponent``."""
     if not exponent > 0:
         raise ValueError(f"exponent={exponent!r} must be positive")
-    return _between(process, start, end, _line(1.0, 0.0, steps + 1) ** exponent)
+    return _line(1.0, 0.0, steps + 1) ** exponent
 
 
 @register("quadratic")

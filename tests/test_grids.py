@@ -71,6 +71,8 @@ def test_formulas() -> None:
     close(make("uniform", vp, n, end="sigma_min"), 999 * (1 - i / n))
     close(make("power", vp, n, end="sigma_min", exponent=1.5), 999 * (1 - i / n) ** 1.5)
     close(make("quadratic", vp, n, end="sigma_min"), 999 * (1 - i / n) ** 2)
+    phi = vp.phi(make("angle", vp, n, end="zero", exponent=1.5))
+    close(phi, phi[0] * (1 - i / n) ** 1.5)
     rho = 7.0
     karras = (80 ** (1 / rho) + i / n * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho
     close(make("karras", edm, n, end="sigma_min"), karras)
@@ -176,6 +178,7 @@ def test_bad_steps(steps: object) -> None:
         ("karras", {"roh": 5.0}, "no option 'roh'; did you mean 'rho'"),
         ("karras", {"rho": 0.0}, "rho=0.0"),
         ("power", {"exponent": -1.0}, "exponent=-1.0"),
+        ("angle", {"exponent": 0.0}, "exponent=0.0"),
         ("beta", {"a": 0.0}, "a=0.0"),
         ("sigmoid", {"sharpness": 0.0}, "sharpness=0.0"),
         ("ays", {"model": "sd16"}, "model='sd16' is unknown; did you mean 'sd15'"),

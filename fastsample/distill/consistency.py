@@ -13,7 +13,7 @@ from .. import grids
 from ..errors import unknown
 from ..process import Process
 from .batch import Batch
-from .limits import COUNT, DECAY, Limit
+from .limits import COUNT, DECAY, POSITIVE, Limit
 from .method import Method, follow, pseudo_huber, squared
 from .prediction import column, consistency_function, noised
 from .teacher import teacher_step
@@ -34,13 +34,23 @@ def as_v(error: Tensor, process: Process, t: Tensor, least: float = 0.02) -> Ten
 
 @dataclass
 class ConsistencyModel(Method):
-    """What all consistency models share: they sample by jumps to clean samples, with noise put back."""
+    """What all consistency models share: they sample by jumps to clean samples, with noise put back.
+
+    Args:
+        exponent: of the angles that noise is put back to, ``phi_i / phi_max = (1 - i/n)^exponent``. 1 is evenly;
+            less noise leaves more of the last jump's sample, more noise corrects more of it (Song et al. 2023, section
+            7, search the levels by the metric).
+    """
+
+    exponent: float = 1.5
+
+    limits: ClassVar[dict[str, Limit]] = {"exponent": POSITIVE}
 
     @property
     def solver_options(self) -> dict[str, Any]:
         process = self.teacher.process
         at = {"boundary": float(process.rho(process.t_end))} if self.prediction == "x0" else {}
-        return {"grid": "angle", "end": "zero", **at}
+        return {"grid": "angle", "exponent": self.exponent, "end": "zero", **at}
 
 
 @dataclass
@@ -101,15 +111,16 @@ class Consistency(ConsistencyModel):
         options = super().solver_options
         if self.jitter:
             return options
+        del options["grid"], options["exponent"]
         counts = range(1, min(8, self.intervals) + 1)
         return options | {"grids": {str(n): self.known_times(n) for n in counts}}
 
     def known_times(self, steps: int) -> list[float]:
-        """Times of the grid for a number of steps, nearest to even angles: others are not learnt without jitter."""
+        """Times of the grid for a number of steps, nearest to the angles: others are not learnt without jitter."""
         phi = self.teacher.process.phi(self.times)
         places: list[int] = []
         for left in range(steps, 0, -1):
-            nearest = int((phi - phi[-1] * left / steps).abs().argmin())
+            nearest = int((phi - phi[-1] * (left / steps) ** self.exponent).abs().argmin())
             last = places[-1] if places else len(phi)
             places.append(max(left, min(nearest, last - 1)))
         return [*self.times[places].tolist(), self.teacher.process.t_zero]

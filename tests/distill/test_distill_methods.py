@@ -128,6 +128,27 @@ def test_without_jitter_students_sample_at_the_times_of_the_grid(intervals: int)
     assert method.known_times(1)[0] == pytest.approx(method.teacher.process.t_start)
 
 
+@pytest.mark.parametrize("name", ["Consistency", "ICT", "ECT", "SCM"])
+def test_noise_is_put_back_to_angles_that_the_exponent_spaces(name: str) -> None:
+    for options, exponent in ({}, 1.5), ({"exponent": 0.7}, 0.7):
+        method = getattr(distill, name)(mixture_teacher(), true_student(), **options)
+        for steps in (1, 2, 4):
+            phi = method.teacher.process.phi(method.plan(steps).grid)
+            shares = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+            torch.testing.assert_close(phi, phi[0] * shares**exponent, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="exponent=0"):
+        getattr(distill, name)(mixture_teacher(), true_student(), exponent=0)
+
+
+def test_known_times_are_the_nearest_to_those_angles() -> None:
+    method = distill.Consistency(mixture_teacher(), true_student(), intervals=24, jitter=False)
+    phi = method.teacher.process.phi(method.times)
+    for steps in (2, 4):
+        for i, t in enumerate(method.known_times(steps)[1:-1], 1):
+            wanted = float(phi[-1]) * (1 - i / steps) ** 1.5
+            assert abs(float(method.teacher.process.phi(t)) - wanted) == float((phi - wanted).abs().min())
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_substeps_bring_the_loss_to_it_at_the_teachers_order(order: int) -> None:
     """At the true function and fixed intervals the teacher's error is left: substeps^-order, squared by the loss."""
