@@ -224,7 +224,9 @@ class TrainerConfig:
     warmup: int = option(100, "Updates of linear warm-up.")
     clip: float = option(1.0, "Largest norm of the gradient.")
     ema: list[float] = option([0.99, 0.999], "Decays of the averages; the best is the student.")
-    power_ema: list[float] = option([], "Relative widths of power-function averages with snapshots.")
+    power_ema: list[float] | None = option(
+        None, "Relative widths of power-function averages, with snapshots; null: the method's, without."
+    )
     precision: str = option("no", "no, fp16 or bf16.")
     save_every: int | None = option(None, "Updates between checkpoints; null: as evaluation.every.")
     keep: int = option(2, "Checkpoints kept.")

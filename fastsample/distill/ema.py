@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .limits import DECAY
+from .limits import DECAY, Limit
 from .method import move
 from .weights import duplicate, moving
+
+_WIDTH = Limit(0, 0.29, above=True, below=True)
 
 
 def as_decays(name: str, values: Any, count: int | None = None) -> tuple[float, ...]:
@@ -20,6 +22,17 @@ def as_decays(name: str, values: Any, count: int | None = None) -> tuple[float, 
     if not several or (count or len(values)) != len(values) or not all(DECAY.holds(v) for v in values):
         example = "(0.9, 0.99)" if count == 2 else "(0.99, 0.999)"
         raise ValueError(f"{name}={values!r}: give {count or 'some'} numbers in [0, 1), such as {example}")
+    return tuple(values)
+
+
+def as_widths(values: Sequence[float]) -> tuple[float, ...]:
+    """Relative widths of power-function averages, checked, as a tuple.
+
+    Raises:
+        ValueError: not a sequence of numbers that are widths.
+    """
+    if not isinstance(values, Sequence) or not all(_WIDTH.holds(v) for v in values):
+        raise ValueError(f"power_ema={values!r}: give some numbers in (0, 0.29), such as (0.05, 0.1)")
     return tuple(values)
 
 
@@ -48,7 +61,7 @@ class Averages:
 
 def gamma_of_std(std: float) -> float:
     """The exponent of the power-function average of a relative width (Karras et al. 2024, eq. 123)."""
-    if not 0 < std < 0.29:
+    if not _WIDTH.holds(std):
         raise ValueError(
             f"std={std!r} must lie in (0, 0.29): the width of the average, relative to the training"
         )

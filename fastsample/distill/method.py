@@ -72,7 +72,7 @@ class Method:
         steps: the numbers of steps that the student is meant for.
         uses_data: whether clean samples are needed (else conditions alone).
         converts: whether a changed prediction type has to be learnt first.
-        learning_rate, betas, schedule: the trainer's defaults for the method, for a small network.
+        learning_rate, betas, schedule, power_ema: the trainer's defaults for the method, for a small network.
         limits: ranges of settings, by name; those of the classes above hold, too.
     """
 
@@ -95,6 +95,7 @@ class Method:
     learning_rate: ClassVar[float] = 1e-3
     betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
     schedule: ClassVar[str] = "cosine"
+    power_ema: ClassVar[tuple[float, ...]] = ()
 
     def __post_init__(self) -> None:
         for name in ("teacher", "student"):

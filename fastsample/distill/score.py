@@ -54,6 +54,8 @@ class ScoreDistillation(Method):
     learning_rate: ClassVar[float] = 3e-4
     betas: ClassVar[tuple[float, float]] = (0.0, 0.999)
     schedule: ClassVar[str] = "constant"
+    # generator and fake network circle around where they are in balance: a long average lies nearer to it
+    power_ema: ClassVar[tuple[float, ...]] = (0.25,)
 
     @property
     def trained(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from .adapters import REFUSALS
 from .batch import Batch
 from .checkpoint import Checkpoints
 from .data import Data, as_data
-from .ema import Averages, PowerAverages, as_decays
+from .ema import Averages, PowerAverages, as_decays, as_widths
 from .evaluation import Best, Evaluation, weights
 from .limits import COUNT, POSITIVE, WEIGHT, Limit, check
 from .method import Method
@@ -72,9 +72,11 @@ class Trainer:
         learning_rate, betas, schedule: of AdamW; by default the method's. "cosine" falls to zero.
         weight_decay, warmup, clip: decoupled decay, updates of linear warm-up, largest norm of the gradient (inf
             clips nothing).
-        ema: decays of the averages of the student's weights; the best by the metric is the student.
-        power_ema: relative widths of power-function averages whose snapshots allow any other width afterwards
-            (:func:`fastsample.distill.ema.reconstructed`); written every ``evaluate_every`` updates.
+        ema: decays of the averages of the student's weights; the best by the metric, of these and of ``power_ema``,
+            is the student.
+        power_ema: relative widths of power-function averages, below 0.29; by default the method's. Of widths that are
+            given here snapshots are written every ``evaluate_every`` updates, which allow any other width afterwards
+            (:func:`fastsample.distill.ema.reconstructed`).
         precision: "no", "fp16" or "bf16" (mixed, by accelerate).
         seed: of everything.
         metric: "fd-digits", "fid", ...; the student's distance to the data, at each of its numbers of steps.
@@ -107,7 +109,7 @@ class Trainer:
     warmup: int = 100
     clip: float = 1.0
     ema: Sequence[float] = (0.99, 0.999)
-    power_ema: Sequence[float] = ()
+    power_ema: Sequence[float] | None = None
     precision: str = "no"
     seed: int = 0
     metric: str | None = None
@@ -132,7 +134,9 @@ class Trainer:
             raise unknown("precision", self.precision, ("no", "fp16", "bf16"))
         self.learning_rate = self.method.learning_rate if self.learning_rate is None else self.learning_rate
         self.betas = as_decays("betas", self.method.betas if self.betas is None else self.betas, 2)  # type: ignore[assignment]
-        self.ema, self.power_ema = as_decays("ema", self.ema), tuple(self.power_ema)
+        self.ema = as_decays("ema", self.ema)
+        self._snapshots = bool(self.power_ema)
+        self.power_ema = as_widths(self.method.power_ema if self.power_ema is None else self.power_ema)
         steps = self.method.steps
         if not isinstance(self.best_at, Sequence) or not all(k in steps for k in self.best_at):
             raise ValueError(
@@ -309,7 +313,7 @@ class _Run:
         for net in method.nets.values():
             net.to(self.device)
         self.averages = Averages(method.nets["student"], trainer.ema)
-        self.power = PowerAverages(method.nets["student"], trainer.power_ema) if trainer.power_ema else None
+        self.power = PowerAverages(method.nets["student"], trainer.power_ema)  # type: ignore[arg-type]
         # an unsharded network for what one process does alone: measuring and writing the student
         self.spare = duplicate(method.nets["student"]).eval().requires_grad_(False) if self.sharded else None
         self.plain = dict(method.nets)  # before any wrapper
@@ -343,7 +347,7 @@ class _Run:
 
     def _shard_others(self) -> None:
         """Shard what is not trained as well: averages and targets follow the shards of the student."""
-        followers = [a for a in (self.averages, self.power) if a is not None]
+        followers = (self.averages, self.power)
         others = [net for role, net in self.plain.items() if role not in self.method.trained]
         for net in (*others, *(n for a in followers for n in a.nets.values())):
             sharding.shard(self.accelerator, net)
@@ -428,9 +432,8 @@ class _Run:
                 optimizer.load_state_dict(own)
         for name, net in self.averages.nets.items():
             self._load(net, state["ema"][name])
-        if self.power is not None:
-            for name, net in self.power.nets.items():
-                self._load(net, state["power"][name])
+        for name, net in self.power.nets.items():
+            self._load(net, state["power"][name])
         self.best.load_state_dict(state["best"])
         self.method.load_state_dict(state["method"])
         if self.main and self.best.value is not None and self.best.load() is None:
@@ -479,7 +482,7 @@ class _Run:
                 for role, o in self.optimizers.items()
             },
             "ema": {name: self._state(net) for name, net in self.averages.nets.items()},
-            "power": {} if self.power is None else {k: self._state(v) for k, v in self.power.nets.items()},
+            "power": {name: self._state(net) for name, net in self.power.nets.items()},
             "best": self.best.state_dict(),
             "method": self.method.state_dict(),
             "scaler": {} if scaler is None else scaler.state_dict(),
@@ -519,8 +522,7 @@ class _Run:
                 losses = self._update(batch)
                 method.after_update(self.step)
                 self.averages.update(self.step)
-                if self.power is not None:
-                    self.power.update(self.step)
+                self.power.update(self.step)
                 self.step += 1
                 if self.step % trainer.log_every == 0 or self.step == trainer.steps:
                     speed = (self.step - first) * trainer.batch_size / (time.perf_counter() - started)
@@ -668,6 +670,14 @@ class _Run:
             denoiser, method.solver, method.solver_options, method.steps, {"name": name, **settings}
         )
 
+    def candidates(self) -> dict[str, nn.Module]:
+        """The averages of which the best is the student, by name, the longest last."""
+        return {
+            f"{kind}{rate}": net
+            for kind, averages in (("ema", self.averages), ("power", self.power))
+            for rate, net in averages.nets.items()
+        }
+
     def _evaluate(self) -> dict[str, Any]:
         from safetensors.torch import save
 
@@ -677,7 +687,8 @@ class _Run:
             return {}
         trainer = self.trainer
         results: dict[str, Any] = {}
-        for name, average in self.averages.nets.items():
+        candidates = self.candidates()
+        for name, average in candidates.items():
             if self.evaluation.metric is None:
                 continue
             net = self._whole(average)
@@ -685,20 +696,20 @@ class _Run:
                 continue
             student = self.student(net)
             distances = {k: self.evaluation.distance(student, k).value for k in student.steps}
-            results |= {f"{trainer.metric}.ema{name}.{k}": v for k, v in distances.items()}
+            results |= {f"{trainer.metric}.{name}.{k}": v for k, v in distances.items()}
             self.best.offer(max(distances[k] for k in trainer.best_at), self.step, name, net)
         if self.evaluation.metric is None:
             # the longest average that the training has filled
-            name = list(self.averages.nets)[-1]
-            net = self._whole(self.averages.nets[name])
+            name = list(candidates)[-1]
+            net = self._whole(candidates[name])
             self.best.value = None
             if self.main:
                 self.best.offer(0.0, self.step, name, net)
         shown = self._agreed(self.best.average or name)
-        net = self._whole(self.averages.nets[shown])
+        net = self._whole(candidates[shown])
         if self.main:
             self.evaluation.pictures(self.student(net), self.folder / "samples" / f"{self.step:08d}.png")
-        for std, average in ({} if self.power is None else self.power.nets).items():
+        for std, average in self.power.nets.items() if trainer._snapshots else ():
             net = self._whole(average)
             if self.main:
                 file = self.folder / "snapshots" / f"{self.step:08d}-{std}.safetensors"

@@ -378,10 +378,10 @@ def test_what_a_training_leaves(whole: Path) -> None:
     evaluations = range(8, STEPS + 1, 8)
     assert sorted(f.name for f in (whole / "samples").iterdir()) == [f"{k:08d}.png" for k in evaluations]
     worst = {
-        (line["step"], decay): max(line[f"fd-digits.ema{decay}.{k}"] for k in (1, 2, 4))
+        (line["step"], average): max(line[f"fd-digits.{average}.{k}"] for k in (1, 2, 4))
         for line in log_of(whole)
         if "fd-digits.ema0.99.1" in line
-        for decay in ("0.99", "0.999")
+        for average in ("ema0.99", "ema0.999")
     }
     assert len(worst) == 2 * len(evaluations)
     best = min(worst, key=lambda key: worst[key])
@@ -491,6 +491,35 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 
 # -- averages ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sid", "dmd2"])
+def test_a_long_average_is_among_the_candidates_of_score_distillation(name: str, tmp_path: Path) -> None:
+    """Power-function averages can be the student, and leave snapshots where they were asked for alone."""
+    trainer = tiny_trainer(name, steps=4, evaluate_every=2)
+    assert trainer.power_ema == (0.25,)
+    training = trainer.fit(tmp_path / "measured").training
+    found = {
+        (line["step"], average): line[key]
+        for line in log_of(tmp_path / "measured")
+        for average in ("ema0.99", "ema0.999", "power0.25")
+        if (key := f"fd-digits.{average}.1") in line
+    }
+    assert len(found) == 2 * 3
+    assert (training["best step"], training["best average"]) == min(found, key=lambda key: found[key])
+    assert not (tmp_path / "measured" / "snapshots").exists()
+    # without a metric the longest average is the student
+    student = tiny_trainer(name, steps=4, metric=None).fit(tmp_path / "unmeasured")
+    assert student.training["best average"] == "power0.25"
+    state = final_state(tmp_path / "unmeasured", 4)
+    for key, value in student.denoiser.net.state_dict().items():
+        assert torch.equal(value, state[f"/power/0.25/{key}"]), key
+    tiny_trainer(name, steps=2, evaluate_every=2, power_ema=(0.1,)).fit(tmp_path / "given")
+    assert [f.name for f in (tmp_path / "given" / "snapshots").iterdir()] == ["00000002-0.1.safetensors"]
+    assert tiny_trainer(name, power_ema=()).power_ema == ()
+    for wrong in ((0.3,), (0.0,), "0.1", ("wide",)):
+        with pytest.raises(ValueError, match=r"power_ema=.*give some numbers in \(0, 0.29\)"):
+            tiny_trainer(name, power_ema=wrong)
 
 
 def test_power_averages_and_their_reconstruction() -> None:
