@@ -242,7 +242,9 @@ class EvaluationConfig:
         "auto", "fd-digits, fid, ...; null: none; auto: fd-digits for the embedded digits, none for others."
     )
     every: int | None = option(None, "Updates between evaluations; null: a tenth of the training.")
-    samples: int = option(1000, "Samples of an evaluation.")
+    samples: int | None = option(
+        None, "Samples of an evaluation; null: those of 7,000 evaluations of the network, at least 1,000."
+    )
     best_at: list[int] = option(
         [], "The best has the least distance at these numbers of steps (the largest counts); empty: at all."
     )

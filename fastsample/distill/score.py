@@ -54,7 +54,7 @@ class ScoreDistillation(Method):
     learning_rate: ClassVar[float] = 3e-4
     betas: ClassVar[tuple[float, float]] = (0.0, 0.999)
     schedule: ClassVar[str] = "constant"
-    # generator and fake network circle around where they are in balance: a long average lies nearer to it
+    # at a constant learning rate the weights wander, and a long average of them is better than what they pass through
     power_ema: ClassVar[tuple[float, ...]] = (0.25,)
 
     @property

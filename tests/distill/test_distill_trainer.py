@@ -412,6 +412,16 @@ def test_the_best_is_the_best_at_its_worst_number_of_steps(
     assert trainer.fit(tmp_path).training["best step"] == step
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "samples"),
+    [("ect", {}, 1000), ("sid", {}, 7000), ("dmd2", {"jumps": 4}, 1750), ("dmd2", {"jumps": 64}, 1000)],
+)
+def test_evaluations_cost_the_same_at_any_number_of_steps(
+    name: str, method: dict[str, Any], samples: int
+) -> None:
+    assert tiny_trainer(name, method, samples=None).samples == samples
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_trains(precision: str, tmp_path: Path) -> None:
     """Weights stay float32, move and are finite; on a GPU fp16 keeps its loss scale in the checkpoint."""
