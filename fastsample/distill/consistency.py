@@ -39,7 +39,7 @@ class ConsistencyModel(Method):
     Args:
         exponent: of the angles that noise is put back to, ``phi_i / phi_max = (1 - i/n)^exponent``. 1 is evenly;
             less noise leaves more of the last jump's sample, more noise corrects more of it (Song et al. 2023, section
-            7, search the levels by the metric).
+            3, search the levels by the metric).
     """
 
     exponent: float = 1.5

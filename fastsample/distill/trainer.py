@@ -679,7 +679,7 @@ class _Run:
         )
 
     def candidates(self) -> dict[str, nn.Module]:
-        """The averages of which the best is the student, by name, the longest last."""
+        """The averages of which the best is the student, by name; power-function averages last."""
         return {
             f"{kind}{rate}": net
             for kind, averages in (("ema", self.averages), ("power", self.power))
@@ -707,7 +707,7 @@ class _Run:
             results |= {f"{trainer.metric}.{name}.{k}": v for k, v in distances.items()}
             self.best.offer(max(distances[k] for k in trainer.best_at), self.step, name, net)
         if self.evaluation.metric is None:
-            # the longest average that the training has filled
+            # the longest average, by the order in which they are usually given
             name = list(candidates)[-1]
             net = self._whole(candidates[name])
             self.best.value = None
