@@ -111,7 +111,6 @@ class Consistency(ConsistencyModel):
         options = super().solver_options
         if self.jitter:
             return options
-        del options["grid"], options["exponent"]
         counts = range(1, min(8, self.intervals) + 1)
         return options | {"grids": {str(n): self.known_times(n) for n in counts}}
 

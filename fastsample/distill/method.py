@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import solvers
+from .. import grids, solvers
 from ..denoiser import Denoiser, as_conditions
 from ..noise import normal
 from ..plan import Plan
@@ -341,7 +341,8 @@ def student_plan(denoiser: Denoiser, solver: str, steps: int, options: Mapping[s
     own = dict(options)
     given: Mapping[str, Any] = own.pop("grids", {})
     if str(steps) in given:
-        own |= {"grid": given[str(steps)]}
+        of_grid = grids.options_of(grids.get(own["grid"]), 4) if "grid" in own else []
+        own = {k: v for k, v in own.items() if k not in of_grid} | {"grid": given[str(steps)]}
         return solvers.build(solver, denoiser.process, prediction=denoiser.prediction, **own)
     return solvers.build(solver, denoiser.process, steps, prediction=denoiser.prediction, **own)
 

@@ -147,6 +147,10 @@ def test_known_times_are_the_nearest_to_those_angles() -> None:
         for i, t in enumerate(method.known_times(steps)[1:-1], 1):
             wanted = float(phi[-1]) * (1 - i / steps) ** 1.5
             assert abs(float(method.teacher.process.phi(t)) - wanted) == float((phi - wanted).abs().min())
+    # more steps than times were chosen for take the angles themselves
+    many = method.teacher.process.phi(method.plan(9).grid)
+    shares = torch.linspace(1, 0, 10, dtype=torch.float64)
+    torch.testing.assert_close(many, many[0] * shares**1.5, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("order", [1, 2])
